@@ -1,0 +1,107 @@
+"""Rendering: from a checked request to glue, and from glue to the finished script."""
+
+import shlex
+import textwrap
+from pathlib import Path, PurePath
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from . import __version__
+from .options import SECTIONS, Request
+from .stitch import Library, Script, stitch_definitions, stitch_script
+
+GLUE = Path(__file__).resolve().parent / "glue"
+
+PHRASES = {
+    "amp": "mixed precision",
+    "checkpointing": "{} activation checkpointing",
+    "compile": "torch.compile",
+    "accumulate": "gradient accumulation",
+    "clip": "gradient clipping",
+    "scheduler": "a {} schedule with warm-up",
+    "ema": "averaged weights (EMA)",
+    "early_stopping": "early stopping",
+    "oom_recovery": "recovery from out of memory",
+    "resume": "exact resume",
+    "deterministic": "deterministic kernels",
+}
+
+
+def make_environment() -> Environment:
+    """Jinja for Python source: an unknown name is an error, whole lines vanish."""
+    return Environment(
+        loader=FileSystemLoader(GLUE),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # Python source, not HTML
+    )
+
+
+def wrap_command(words: list[str], width: int = 88) -> str:
+    """A shell command, indented by four, on as many lines as it needs."""
+    rows = textwrap.wrap(
+        shlex.join(words),
+        width=width - 2,  # the backslash
+        initial_indent="    ",
+        subsequent_indent="        ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return " \\\n".join(rows)
+
+
+def describe_sections(request: Request) -> str:
+    """The chosen sections in words, in the order of the guide."""
+    phrases = [
+        PHRASES[name].format(request.sections[name])
+        for name in SECTIONS
+        if name in request.sections
+    ]
+    if not phrases:
+        return "a plain loop"
+    last = phrases.pop()
+    return f"{', '.join(phrases)} and {last}" if phrases else last
+
+
+def render_script(request: Request, library: Library | None = None) -> Script:
+    """The script that was asked for.
+
+    Raises:
+        jinja2.TemplateError, StitchError: a mistake in our glue or templates.
+    """
+    environment = make_environment()
+    script_name = "train.py" if request.output == "-" else PurePath(request.output).name
+    context = {
+        **dict.fromkeys(SECTIONS, False),
+        **request.sections,
+        "task": request.task,
+        "version": __version__,
+        "script": script_name,
+        "summary": textwrap.fill(
+            f"Train {request.task.subject} with {describe_sections(request)}.", 80
+        ),
+        "command": wrap_command(request.command),
+    }
+
+    def render(file: str) -> str:
+        return environment.get_template(file).render(context)
+
+    names = ("config", request.task.name, "train")
+    return stitch_script(
+        header=render("header.py.j2"),
+        glue={name: render(f"{name}.py.j2") for name in names},
+        guard=render("guard.py.j2"),
+        library=library or Library.load(),
+        tools_module=PurePath(request.output).stem + "_tools" if request.split else "",
+        notice=f"Stitched by pytorch-optimization {__version__}.",
+    )
+
+
+def render_definitions(names: list[str], library: Library) -> str:
+    """The named template definitions and what they need, as one Python file."""
+    command = wrap_command(["generate-script", "--extract", *names])
+    title = f"{', '.join(names)}: stitched by pytorch-optimization {__version__}."
+    header = f'"""{textwrap.fill(title, 80)}\n\nThe same again:\n{command}\n"""'
+    return stitch_definitions(names, header, library)

@@ -1,0 +1,1 @@
+"""Tested building blocks for PyTorch training and inference, each file copyable alone."""

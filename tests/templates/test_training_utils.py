@@ -1,0 +1,551 @@
+"""Seeds, schedules, early stopping, batches, optimizer steps, mixed precision."""
+
+import math
+import os
+import random
+from collections import namedtuple
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from templates.training_utils import (
+    EarlyStopping,
+    MixedPrecisionTrainer,
+    get_cosine_warmup_scheduler,
+    get_linear_warmup_scheduler,
+    parameter_groups,
+    set_seed,
+    split_batch,
+    step_optimizer,
+    train_step_with_clipping,
+)
+
+OVERFLOW = 1e36  # times the initial loss scale, 65536, this is more than fp32 holds
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def device_manager(dtype: torch.dtype, device: str = "cpu") -> SimpleNamespace:
+    return SimpleNamespace(device=torch.device(device), dtype=dtype)
+
+
+def scaler_on(device: str = "cpu") -> torch.amp.GradScaler:
+    return torch.amp.GradScaler(device)
+
+
+# --- set_seed -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def restored_determinism(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    cudnn = torch.backends.cudnn
+    before = (cudnn.deterministic, cudnn.benchmark)
+    yield
+    cudnn.deterministic, cudnn.benchmark = before
+    torch.use_deterministic_algorithms(False)
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+@pytest.mark.usefixtures("restored_determinism")
+def test_set_seed_repeats_every_generator():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    set_seed(7)
+    first = draw()
+    assert draw() != first
+    set_seed(7)
+    assert draw() == first
+    set_seed(8)
+    assert all(a != b for a, b in zip(draw(), first, strict=True))
+
+
+@pytest.mark.usefixtures("restored_determinism")
+@pytest.mark.parametrize("seed", [-1, 2**32 + 5, 2**63])
+def test_set_seed_takes_seeds_that_numpy_refuses(seed):
+    set_seed(seed)
+    first = np.random.rand()
+    set_seed(seed)
+    assert np.random.rand() == first
+
+
+@pytest.mark.usefixtures("restored_determinism")
+def test_set_seed_sets_the_cublas_workspace_before_it_touches_cuda(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        torch,
+        "manual_seed",
+        lambda seed: seen.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG")),
+    )
+    set_seed(0)
+    assert seen == [":4096:8"]
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"  # the user's own choice stays
+    set_seed(0)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+@pytest.mark.usefixtures("restored_determinism")
+def test_set_seed_without_determinism_takes_the_switches_back():
+    set_seed(0, deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.deterministic
+    set_seed(0, deterministic=False)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert not torch.backends.cudnn.deterministic
+
+
+@pytest.mark.usefixtures("restored_determinism")
+def test_set_seed_works_without_numpy(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "numpy", None)
+    set_seed(3)
+
+
+# --- schedules ------------------------------------------------------------------------
+
+SCHEDULES = [get_linear_warmup_scheduler, get_cosine_warmup_scheduler]
+
+
+def rates(get_scheduler, warmup: int, total: int, steps: int) -> list[float]:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    scheduler = get_scheduler(optimizer, warmup, total)
+    seen = []
+    for _ in range(steps):
+        seen.append(optimizer.param_groups[0]["lr"] / 2.0)
+        optimizer.step()
+        scheduler.step()
+    return seen
+
+
+@pytest.mark.parametrize("get_scheduler", SCHEDULES)
+@pytest.mark.parametrize(
+    ("warmup", "total"), [(0, 1), (0, 7), (1, 1), (2, 6), (5, 5), (6, 5), (9, 3)]
+)
+def test_schedules_start_above_zero_and_never_rise_again(get_scheduler, warmup, total):
+    seen = rates(get_scheduler, warmup, total, 3 * total + 4)
+    assert seen[0] > 0
+    assert all(rate > 0 for rate in seen[:total])  # no step of the training is wasted
+    peak = seen.index(max(seen))
+    assert all(a >= b for a, b in zip(seen[peak:], seen[peak + 1 :], strict=False))
+    assert seen[total:] == [0.0] * len(seen[total:])
+    if warmup <= total:
+        assert max(seen) == 1.0
+
+
+def test_linear_schedule_gives_the_documented_factors():
+    assert rates(get_linear_warmup_scheduler, 2, 6, 8) == pytest.approx(
+        [0.5, 1, 1, 0.75, 0.5, 0.25, 0, 0]
+    )
+    assert rates(get_linear_warmup_scheduler, 4, 2, 3) == [0.25, 0.5, 0]
+
+
+def test_cosine_schedule_equals_pytorchs_after_warmup():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
+    expected = []
+    for _ in range(10):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        reference.step()
+    got = rates(get_cosine_warmup_scheduler, 3, 13, 13)
+    assert got[:3] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert got[3:] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("get_scheduler", SCHEDULES)
+def test_schedules_resume_from_their_state(get_scheduler):
+    def build():
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+        return optimizer, get_scheduler(optimizer, 3, 9)
+
+    optimizer, scheduler = build()
+    for _ in range(4):
+        optimizer.step()
+        scheduler.step()
+    resumed_optimizer, resumed = build()
+    resumed_optimizer.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(scheduler.state_dict())
+    for _ in range(4):
+        for o, s in ((optimizer, scheduler), (resumed_optimizer, resumed)):
+            o.step()
+            s.step()
+        assert resumed.get_last_lr() == scheduler.get_last_lr()
+        assert resumed_optimizer.param_groups[0]["lr"] == scheduler.get_last_lr()[0]
+
+
+@pytest.mark.parametrize("get_scheduler", SCHEDULES)
+@pytest.mark.parametrize(("warmup", "total"), [(-1, 5), (0, 0)])
+def test_schedules_refuse_impossible_steps(get_scheduler, warmup, total):
+    with pytest.raises(ValueError, match=f"warmup_steps={warmup}.*total_steps={total}"):
+        rates(get_scheduler, warmup, total, 1)
+
+
+# --- EarlyStopping --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "scores"), [("min", [3, 2, 2, 1.95, 1]), ("max", [1, 2, 2, 2.05, 3])]
+)
+def test_early_stopping_counts_calls_without_improvement(mode, scores):
+    stopping = EarlyStopping(patience=2, min_delta=0.1, mode=mode)
+    stops, counts, improved = [], [], []
+    for score in scores:
+        stops.append(stopping(score))
+        counts.append(stopping.counter)
+        improved.append(stopping.improved)
+    assert stops == [False, False, False, True, False]
+    assert counts == [0, 0, 1, 2, 0]
+    assert improved == [True, True, False, False, True]
+    assert stopping.best_score == scores[-1]
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_early_stopping_is_not_fooled_by_nan(mode):
+    stopping = EarlyStopping(patience=2, mode=mode)
+    assert not stopping(math.nan)  # a NaN first score is no best score
+    assert stopping.best_score is None
+    assert stopping.counter == 1
+    assert not stopping(1.0)
+    assert stopping.best_score == 1.0
+    assert stopping.counter == 0
+    assert not stopping(math.nan)
+    assert stopping(math.nan)
+    assert stopping.should_stop
+    assert stopping.best_score == 1.0
+
+
+def test_early_stopping_takes_tensors_and_keeps_plain_numbers():
+    stopping = EarlyStopping(patience=1)
+    stopping(torch.tensor(0.5))
+    assert type(stopping.best_score) is float
+    assert stopping(torch.tensor(0.5))
+
+
+def test_early_stopping_continues_from_its_state():
+    scores = [3.0, math.nan, 2.0, 2.5, 2.4, 2.3, 2.2]
+    whole = EarlyStopping(patience=4)
+    expected = [whole(score) for score in scores]
+    first = EarlyStopping(patience=4)
+    got = [first(score) for score in scores[:4]]
+    state = first.state_dict()
+    assert all(type(v) in (float, int, bool, type(None)) for v in state.values())
+    second = EarlyStopping(patience=4)
+    second.load_state_dict(state)
+    assert second.improved == first.improved
+    got += [second(score) for score in scores[4:]]
+    assert got == expected
+    assert second.state_dict() == whole.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "named"),
+    [
+        ({"mode": "auto"}, "mode='auto'"),
+        ({"patience": 0}, "patience=0"),
+        ({"min_delta": -1}, "min_delta=-1"),
+    ],
+)
+def test_early_stopping_refuses_what_cannot_be(kwargs, named):
+    with pytest.raises(ValueError, match=named):
+        EarlyStopping(**kwargs)
+
+
+# --- parameter_groups -----------------------------------------------------------------
+
+
+def test_parameter_groups_decay_matrices_only_and_each_once():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4), nn.Linear(4, 5))
+    model[2].weight = model[0].weight  # tied
+    model[1].bias.requires_grad_(False)
+    decay, plain = parameter_groups(model, 0.1)
+    assert (decay["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert [id(p) for p in decay["params"]] == [id(model[0].weight)]
+    assert [id(p) for p in plain["params"]] == [id(model[1].weight), id(model[2].bias)]
+    torch.optim.AdamW([decay, plain])
+
+
+def test_parameter_groups_leave_out_an_empty_group():
+    (only,) = parameter_groups(nn.Linear(2, 2, bias=False), 0.1)
+    assert only["weight_decay"] == 0.1
+
+
+# --- split_batch ----------------------------------------------------------------------
+
+Pair = namedtuple("Pair", "x y")
+
+
+def joined(parts):
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize(
+    ("micro", "sizes"), [(4, [4, 4, 2]), (5, [5, 5]), (10, [10]), (99, [10])]
+)
+def test_split_batch_covers_every_sample_once(micro, sizes):
+    x, y = torch.arange(20).view(10, 2), torch.arange(10)
+    for batch, get_x, get_y in [
+        ((x, y), lambda b: b[0], lambda b: b[1]),
+        ([x, y], lambda b: b[0], lambda b: b[1]),
+        ({"x": x, "y": y}, lambda b: b["x"], lambda b: b["y"]),
+        (({"x": x}, y), lambda b: b[0]["x"], lambda b: b[1]),
+        (Pair(x, y), lambda b: b.x, lambda b: b.y),
+    ]:
+        pieces = list(split_batch(batch, micro))
+        assert [len(get_y(p)) for p in pieces] == sizes
+        assert all(type(p) is type(batch) for p in pieces)
+        assert torch.equal(joined([get_x(p) for p in pieces]), x)
+        assert torch.equal(joined([get_y(p) for p in pieces]), y)
+
+
+def test_split_batch_gives_views_of_a_plain_tensor():
+    x = torch.zeros(6, 2)
+    pieces = list(split_batch(x, 4))
+    assert [p.data_ptr() for p in pieces] == [x.data_ptr(), x[4:].data_ptr()]
+
+
+def test_split_batch_refuses_before_the_first_piece():
+    x = torch.zeros(4, 1)
+    with pytest.raises(ValueError, match="micro_batch=0"):
+        split_batch(x, 0)
+    with pytest.raises(ValueError, match="'3', '4'"):
+        split_batch((x, torch.zeros(3)), 2)
+    with pytest.raises(ValueError, match="every tensor needs"):
+        split_batch((x, torch.tensor(1.0)), 2)
+    with pytest.raises(ValueError, match="every tensor needs"):
+        split_batch([], 2)
+    with pytest.raises(TypeError, match="str"):
+        split_batch((x, ["a", "b", "c", "d"]), 2)
+
+
+# --- optimizer steps ------------------------------------------------------------------
+
+
+def backward(model, scaler, factor=1.0):
+    loss = model(torch.ones(3, 4)).square().mean() * factor
+    (loss if scaler is None else scaler.scale(loss)).backward()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_step_optimizer_tells_a_skipped_step_from_a_taken_one(fused):
+    model, scaler = make_model(), scaler_on()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+    taken, changed, scales = [], [], []
+    for factor in (1.0, OVERFLOW, 1.0):
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.zero_grad()
+        backward(model, scaler, factor)
+        taken.append(step_optimizer(optimizer, scaler))
+        changed.append(
+            any(
+                not torch.equal(a, b)
+                for a, b in zip(before, model.parameters(), strict=True)
+            )
+        )
+        scales.append(scaler.get_scale())
+    assert taken == changed == [True, False, True]
+    assert scales == [65536.0, 32768.0, 32768.0]
+
+
+def test_step_optimizer_counts_a_growing_scale_as_taken():
+    model = make_model()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    backward(model, scaler)
+    assert step_optimizer(optimizer, scaler) is True
+    assert scaler.get_scale() == 4.0
+
+
+@pytest.mark.parametrize("scaler", [None, torch.amp.GradScaler("cpu", enabled=False)])
+def test_step_optimizer_without_scaling_never_waits(monkeypatch, scaler):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    backward(model, scaler)
+    forbid_waiting(monkeypatch)
+    assert step_optimizer(optimizer, scaler) is True
+
+
+def test_train_step_with_clipping_is_the_same_with_and_without_a_scaler():
+    results = []
+    for scaler in (None, scaler_on(), torch.amp.GradScaler("cpu", enabled=False)):
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        loss = model(torch.ones(3, 4)).square().mean()
+        grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        true_norm = torch.cat([g.flatten() for g in grads]).norm()
+        before = [p.detach().clone() for p in model.parameters()]
+        norm = train_step_with_clipping(model, optimizer, loss, 0.01, scaler)
+        torch.testing.assert_close(norm, true_norm)  # not 65536 times it
+        steps = [b - p for b, p in zip(before, model.parameters(), strict=True)]
+        step_norm = torch.cat([s.flatten() for s in steps]).norm()
+        torch.testing.assert_close(
+            step_norm, torch.tensor(0.01), rtol=1e-3, atol=0, check_dtype=False
+        )
+        assert all(p.grad is None for p in model.parameters())
+        results.append([p.detach().clone() for p in model.parameters()])
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other)
+
+
+# --- MixedPrecisionTrainer ------------------------------------------------------------
+
+
+def forbid_waiting(monkeypatch) -> None:
+    """Make reading a tensor's value an error, as it would stall a GPU."""
+
+    def wait(self, *args):
+        raise AssertionError("this reads a tensor's value")
+
+    for name in ("item", "__bool__", "__float__", "tolist", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, wait)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trainer_returns_a_detached_loss_and_never_waits(monkeypatch, dtype):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    criterion = nn.CrossEntropyLoss()
+    trainer = MixedPrecisionTrainer(
+        model, optimizer, criterion, device_manager(dtype), max_grad_norm=1.0
+    )
+    x, y = torch.randn(6, 4), torch.randint(0, 2, (6,))
+    with monkeypatch.context() as patch:
+        forbid_waiting(patch)
+        loss = trainer.train_step(x, y)
+        assert trainer.step_skipped is False
+    assert isinstance(loss, torch.Tensor)
+    assert loss.ndim == 0
+    assert not loss.requires_grad
+
+
+def test_trainer_in_fp32_is_the_plain_loop():
+    x, y = torch.randn(6, 4), torch.randint(0, 2, (6,))
+    model, reference = make_model(), make_model()
+    trainer = MixedPrecisionTrainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        nn.CrossEntropyLoss(),
+        device_manager(torch.float32),
+        max_grad_norm=0.05,
+    )
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+    for _ in range(3):
+        loss = trainer.train_step(x, y)
+        optimizer.zero_grad()
+        expected = nn.functional.cross_entropy(reference(x), y)
+        expected.backward()
+        nn.utils.clip_grad_norm_(reference.parameters(), 0.05)
+        optimizer.step()
+        assert torch.equal(loss, expected)
+    torch.testing.assert_close(model.state_dict(), reference.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_trainer_runs_the_forward_in_the_managers_dtype(dtype):
+    seen = []
+    model = make_model()
+    trainer = MixedPrecisionTrainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        lambda outputs, targets: seen.append(outputs.dtype) or outputs.float().mean(),
+        device_manager(dtype),
+    )
+    trainer.train_step(torch.randn(2, 4), None)
+    assert seen == [dtype]
+    assert trainer.scaler.is_enabled() == (dtype == torch.float16)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_trainer_tells_a_skipped_step_and_clips_unscaled_gradients():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    factor = 1.0
+    trainer = MixedPrecisionTrainer(
+        model,
+        optimizer,
+        lambda outputs, _: outputs.float().square().mean() * factor,
+        device_manager(torch.float16),
+        max_grad_norm=0.01,
+    )
+    skipped = []
+    for factor in (1.0, OVERFLOW, 1.0):
+        before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+        trainer.train_step(torch.ones(3, 4), None)
+        skipped.append(trainer.step_skipped)
+        step = nn.utils.parameters_to_vector(model.parameters()) - before
+        expected = 0.0 if skipped[-1] else 0.01
+        assert step.norm().item() == pytest.approx(expected, rel=1e-2)
+    assert skipped == [False, True, False]
+
+
+def test_trainer_with_fp16_waits_no_more_often_than_the_scaler_itself(monkeypatch):
+    calls = []
+    item = torch.Tensor.item
+    monkeypatch.setattr(
+        torch.Tensor, "item", lambda self: calls.append(1) or item(self)
+    )
+
+    def count(step):
+        calls.clear()
+        step()
+        return len(calls)
+
+    model, scaler = make_model(), scaler_on()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def plain_step():
+        scaler.step(optimizer)
+        scaler.update()
+
+    backward(model, scaler)
+    plain = count(plain_step)
+    trainer = MixedPrecisionTrainer(
+        model,
+        optimizer,
+        lambda outputs, _: outputs.float().mean(),
+        device_manager(torch.float16),
+    )
+    assert count(lambda: trainer.train_step(torch.ones(3, 4), None)) == plain
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_trainer_never_waits_for_a_real_gpu(dtype):
+    model = make_model().cuda()
+    trainer = MixedPrecisionTrainer(
+        model,
+        torch.optim.AdamW(model.parameters(), fused=True),  # else fp16's scaler waits
+        nn.CrossEntropyLoss(),
+        device_manager(dtype, "cuda"),
+        max_grad_norm=1.0,
+    )
+    x = torch.randn(6, 4, device="cuda")
+    y = torch.randint(0, 2, (6,), device="cuda")
+    trainer.train_step(x, y)  # creates states and workspaces
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.train_step(x, y)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.step_skipped is False
+
+
+@pytest.mark.gpu
+def test_step_optimizer_on_a_real_gpu():
+    model = make_model().cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = scaler_on("cuda")
+    taken = []
+    for factor in (1.0, OVERFLOW, 1.0):
+        optimizer.zero_grad()
+        loss = model(torch.ones(3, 4, device="cuda")).square().mean() * factor
+        scaler.scale(loss).backward()
+        taken.append(step_optimizer(optimizer, scaler))
+    assert taken == [True, False, True]

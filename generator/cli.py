@@ -5,6 +5,7 @@ overwrite. Everything that is wrong with a request is said at once.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -213,7 +214,8 @@ def write_files(files: dict[str, str], force: bool) -> None:
             temporary.write_text(text, encoding="utf-8", newline="\n")
             os.replace(temporary, path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise RequestError(
                 [f"{file} cannot be written: {error.strerror}"]
             ) from None

@@ -13,10 +13,18 @@ epoch alone.
 """
 
 import contextlib
+import fnmatch
+import functools
 import importlib
+import itertools
+import math
 import os
 import random
+import re
+import time
+import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +37,8 @@ from torch.utils.data import (
     Sampler,
     get_worker_info,
 )
+
+_LINE_BLOCK_BYTES = 1 << 20  # CSV and JSONL are read in pieces of about this size
 
 
 class DataError(ValueError):
@@ -171,121 +181,1386 @@ class ResumableBatchSampler(Sampler[list[int]]):
             yield order[first:last].tolist()
 
 
-class StreamingTextDataset(IterableDataset):
-    """Rows of one text column of a CSV or JSONL file, in bounded memory."""
+# --- Streams, part 1: which rows there are (an index of blocks)
+
+
+def _match_files(found: list[str], pattern: str) -> list[str]:
+    """Filter paths by a glob: `*` stays within one folder, `**/` spans them."""
+    flat = pattern.replace("**/", "*")
+    depth = None if flat != pattern else pattern.count("/")
+    return [
+        path
+        for path in found
+        if fnmatch.fnmatchcase(path, flat) and depth in (None, path.count("/"))
+    ]
+
+
+def _list_data_files(
+    paths: Any, suffixes: tuple[str, ...], filesystem: Any
+) -> tuple[Any, list[str]]:
+    """Return (Arrow filesystem, files) for files, folders, globs and URIs, sorted."""
+    pa_fs = _import_data_package("pyarrow.fs", "pyarrow")
+
+    def adapt(fsspec_filesystem: Any) -> Any:
+        return pa_fs.PyFileSystem(pa_fs.FSSpecHandler(fsspec_filesystem))
+
+    if filesystem is not None and not isinstance(filesystem, pa_fs.FileSystem):
+        filesystem = adapt(filesystem)
+    files: list[str] = []
+    for given in [paths] if isinstance(paths, str | Path) else paths:
+        path = str(given)
+        if "://" in path:
+            scheme, bare = path.split("://", 1)
+            if filesystem is None:
+                wildcard = re.search(r"[*?\[]", bare)
+                plain = bare[: wildcard.start()] if wildcard else bare
+                try:
+                    filesystem, _ = pa_fs.FileSystem.from_uri(f"{scheme}://{plain}")
+                except ValueError:  # a scheme that only fsspec knows
+                    fsspec = _import_data_package("fsspec", "fsspec")
+                    filesystem = adapt(fsspec.filesystem(scheme))
+            path = bare.split("?", 1)[0] if scheme in ("s3", "gs") else bare
+        filesystem = filesystem or pa_fs.LocalFileSystem()
+        try:
+            info = filesystem.get_file_info(path)
+            if info.type == pa_fs.FileType.File:
+                files.append(path)
+                continue
+            folder = path.rstrip("/")
+            if info.type == pa_fs.FileType.NotFound:
+                folder = re.split(r"[*?\[]", path)[0]
+                if folder == path:
+                    raise DataError(f"{given} does not exist: check the path")
+                folder = folder.rpartition("/")[0] or ("/" if path[0] == "/" else ".")
+            selector = pa_fs.FileSelector(folder, recursive=True)
+            listed = filesystem.get_file_info(selector)
+        except OSError as error:
+            raise DataError(f"cannot list {given}: {error}") from error
+        found = sorted(
+            entry.path.removeprefix("./")
+            for entry in listed
+            if entry.type == pa_fs.FileType.File
+            # _SUCCESS, .crc and the like are no data.
+            and not re.search(r"/[._]", entry.path.removeprefix(folder))
+        )
+        if info.type == pa_fs.FileType.NotFound:
+            found = _match_files(found, path)
+        else:
+            found = [name for name in found if name.endswith(suffixes)]
+        if not found:
+            raise DataError(f"no files of type {', '.join(suffixes)} in {given}")
+        files += found
+    if not files:
+        raise DataError("the list of files is empty")
+    return filesystem, files
+
+
+def _tensor_type(pa: Any, kind: Any) -> Any:
+    """Return the Arrow type under which a column goes into a batch; None: refused.
+
+    Numbers, booleans, dates and times (as integers of their own unit) and decimals
+    (as float64) become tensors, so do fixed-size lists of them; text, bytes and lists
+    of any length stay Arrow data.
+    """
+    types = pa.types
+    if types.is_dictionary(kind):
+        return _tensor_type(pa, kind.value_type)
+    if types.is_fixed_size_list(kind):
+        value = _tensor_type(pa, kind.value_type)
+        fixed = value is not None and (
+            types.is_integer(value) or types.is_floating(value)
+        )
+        return pa.list_(value, kind.list_size) if fixed else None
+    if types.is_list(kind) or types.is_large_list(kind):
+        return kind if _tensor_type(pa, kind.value_type) is not None else None
+    if (
+        types.is_string(kind)
+        or types.is_large_string(kind)
+        or types.is_binary(kind)
+        or types.is_large_binary(kind)
+        or types.is_fixed_size_binary(kind)
+    ):
+        return kind
+    if types.is_null(kind) or types.is_string_view(kind):
+        return pa.string()
+    if types.is_decimal(kind):
+        return pa.float64()
+    if types.is_date32(kind) or types.is_time32(kind) or types.is_uint16(kind):
+        return pa.int32()
+    if types.is_temporal(kind) or types.is_uint32(kind) or types.is_uint64(kind):
+        return pa.int64()
+    plain = (types.is_integer, types.is_floating, types.is_boolean)
+    return kind if any(is_plain(kind) for is_plain in plain) else None
+
+
+class _BlockSource:
+    """Rows of many files as blocks that can be read apart from each other.
+
+    Attributes:
+        block_rows: (blocks,) rows of each block.
+        block_file: (blocks,) number of its file in `files`.
+        types: column name -> Arrow type of the file (or as column_types asks).
+        row_bytes: rough size of a row, to bound windows by memory.
+        skipped: what could not be read, file and cause.
+    """
+
+    typed = True  # every file says which types its columns have
 
     def __init__(
         self,
-        file_path: str,
-        text_column: str = "text",
-        chunk_size: int = 10000,
-        rank: int | None = None,
-        world_size: int | None = None,
+        paths: Any,
+        suffixes: tuple[str, ...],
+        filesystem: Any,
+        columns: list[str] | None,
+        column_types: dict[str, Any] | None,
+        on_error: str,
     ):
-        self.file_path, self.text_column = str(file_path), text_column
-        self.chunk_size = chunk_size
-        self.rank, self.world_size = _data_rank(rank, world_size)
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"{on_error=}: must be 'raise' or 'skip'")
+        np = _import_data_package("numpy", "numpy")
+        pa = _import_data_package("pyarrow", "pyarrow")
+        self.filesystem, self.files = _list_data_files(paths, suffixes, filesystem)
+        self.wanted, self.on_error = columns, on_error
+        self.given_types = {
+            name: pa.type_for_alias(kind) if isinstance(kind, str) else kind
+            for name, kind in (column_types or {}).items()
+        }
+        self.types: dict[str, Any] = {}
+        self.skipped: list[str] = []
+        self.first_file = ""
+        blocks: list[tuple[int, int, Any]] = []
+        size = 0
+        # Footers of many remote files arrive together; 16 requests are polite.
+        with ThreadPoolExecutor(16) as pool:
+            for number, found in enumerate(pool.map(self._try_index, self.files)):
+                if isinstance(found, Exception):
+                    if on_error == "raise":
+                        raise found
+                    self.skipped.append(str(found))
+                    continue
+                schema, rows, keys, nbytes = found
+                try:
+                    self._check_schema(self.files[number], schema)
+                except DataError as error:
+                    if on_error == "raise":
+                        raise
+                    self.skipped.append(str(error))
+                    continue
+                blocks += [(number, r, k) for r, k in zip(rows, keys, strict=True)]
+                size += nbytes
+        if not self.first_file:
+            raise DataError(f"no readable file: {'; '.join(self.skipped[:3])}")
+        self.block_file = np.array([b[0] for b in blocks], dtype=np.int64)
+        self.block_rows = np.array([b[1] for b in blocks], dtype=np.int64)
+        self.block_key = [b[2] for b in blocks]
+        self.row_bytes = max(1, size // max(1, int(self.block_rows.sum())))
 
-    def __iter__(self) -> Iterator[str]:
-        pd = _import_data_package("pandas", "pandas")
-        jsonl = ".json" in Path(self.file_path).name
-        kwargs: dict[str, Any] = {"lines": True} if jsonl else {}
-        if not jsonl:
-            kwargs = {"usecols": [self.text_column], "keep_default_na": False}
-        read = pd.read_json if jsonl else pd.read_csv
-        shard, shards = _stream_shard(self.rank, self.world_size)
+    def _try_index(self, file: str) -> Any:
         try:
-            chunks = read(self.file_path, chunksize=self.chunk_size, **kwargs)
+            return self._index_file(file)
+        except DataError as error:
+            return error
+        except (OSError, ValueError) as error:  # Arrow's errors are of these two
+            return DataError(
+                f"cannot read {file}: {error}. Repair or remove it, or pass "
+                "on_error='skip'"
+            )
+
+    def _index_file(self, file: str) -> tuple[Any, list[int], list[Any], int]:
+        """Return a file's schema, the rows and key of each block, and its bytes."""
+        raise NotImplementedError
+
+    def _read_raw(self, block: int, batch_rows: int) -> Iterator[Any]:
+        """Yield a block as Arrow record batches of at most about batch_rows rows."""
+        raise NotImplementedError
+
+    def _check_schema(self, file: str, schema: Any) -> None:
+        """Take the columns from the first file and hold the others against them."""
+        pa = _import_data_package("pyarrow", "pyarrow")
+        have = dict(zip(schema.names, schema.types, strict=True))
+        wanted = schema.names if self.wanted is None else self.wanted
+        for name in self.types or wanted:
+            if name not in have:
+                raise DataError(
+                    f"no column {name!r} in {file}: it has {', '.join(have)}"
+                )
+            kind = self.given_types.get(name, have[name])
+            if not self.first_file:
+                self.types[name] = pa.string() if pa.types.is_null(kind) else kind
+                continue
+            known = self.types[name]
+            types = _tensor_type(pa, kind) or kind, _tensor_type(pa, known) or known
+            if self.typed and types[0] != types[1] and not pa.types.is_null(kind):
+                raise DataError(
+                    f"column {name!r} is {known} in {self.first_file} but {kind} in "
+                    f"{file}: pass column_types={{{name!r}: ...}}"
+                )
+        self.first_file = self.first_file or file
+
+    def read(
+        self, block: int, batch_rows: int, convert: Callable[[str, str, Any], Any]
+    ) -> Iterator[tuple[int, list[Any]]]:
+        """Yield (rows, converted arrays in the order of `types`) of a block."""
+        file = self.files[self.block_file[block]]
+        left = int(self.block_rows[block])
+        try:
+            for batch in self._read_raw(block, batch_rows):
+                left -= batch.num_rows
+                arrays = [
+                    convert(file, name, batch.column(name)) for name in self.types
+                ]
+                yield batch.num_rows, arrays
+        except DataError:
+            raise
         except (OSError, ValueError) as error:
             raise DataError(
-                f"cannot read column {self.text_column!r} of {self.file_path}: {error}"
+                f"cannot read {file}, block {self.block_key[block]}: {error}. Repair "
+                "or remove it, or pass on_error='skip'"
             ) from error
-        with chunks:
-            position = 0
-            for chunk in chunks:
-                if self.text_column not in chunk:
-                    raise DataError(
-                        f"no column {self.text_column!r} in {self.file_path}: "
-                        f"it has {list(chunk)}"
-                    )
-                first = (shard - position) % shards
-                yield from chunk[self.text_column].iloc[first::shards].tolist()
-                position += len(chunk)
+        if left:
+            raise DataError(
+                f"{file} has {abs(left)} rows {'less' if left > 0 else 'more'} than it "
+                "had when it was indexed: do not change files while they are read"
+            )
 
 
-class StreamingParquetDataset(IterableDataset):
-    """Rows of a Parquet file as dicts, in bounded memory."""
+class _ParquetSource(_BlockSource):
+    """Row groups of Parquet files, indexed by their footers alone."""
+
+    def __init__(self, *args: Any, filters: Any = None):
+        if isinstance(filters, list | tuple):
+            pq = _import_data_package("pyarrow.parquet", "pyarrow")
+            filters = pq.filters_to_expression(filters)
+        self.filters = filters
+        super().__init__(*args)
+
+    def _hive_values(self, file: str) -> dict[str, Any]:
+        """Return the `key=value` folders of a path; whole numbers become int."""
+        values: dict[str, Any] = {}
+        for part in file.split("/")[:-1]:
+            key, equals, value = part.partition("=")
+            if equals and key:
+                value = urllib.parse.unquote(value)
+                values[key] = (
+                    int(value) if re.fullmatch(r"-?\d{1,18}", value) else value
+                )
+        return values
+
+    def _open(self, file: str) -> Any:
+        pq = _import_data_package("pyarrow.parquet", "pyarrow")
+        pa_fs = _import_data_package("pyarrow.fs", "pyarrow")
+        local = isinstance(self.filesystem, pa_fs.LocalFileSystem)
+        # Locally a small buffer per column bounds memory; remotely one request for
+        # the whole row group saves round trips.
+        options = {"pre_buffer": False, "buffer_size": 1 << 16} if local else {}
+        return pq.ParquetFile(file, filesystem=self.filesystem, **options)
+
+    def _index_file(self, file: str) -> tuple[Any, list[int], list[Any], int]:
+        pa = _import_data_package("pyarrow", "pyarrow")
+        with self._open(file) as opened:
+            schema, meta = opened.schema_arrow, opened.metadata
+        for name, value in self._hive_values(file).items():
+            if name not in schema.names:
+                schema = schema.append(pa.field(name, pa.scalar(value).type))
+        groups = [meta.row_group(g) for g in range(meta.num_row_groups)]
+        keys = list(range(len(groups)))
+        rows = [group.num_rows for group in groups]
+        if self.filters is not None:
+            rows = self._count_filtered(file, schema, rows)
+        return schema, rows, keys, sum(group.total_byte_size for group in groups)
+
+    def _count_filtered(self, file: str, schema: Any, rows: list[int]) -> list[int]:
+        """Count what passes the filter; statistics rule row groups out unread."""
+        ds = _import_data_package("pyarrow.dataset", "pyarrow")
+        partition = None
+        for name, value in self._hive_values(file).items():
+            equal = ds.field(name) == value
+            partition = equal if partition is None else partition & equal
+        layout = ds.ParquetFileFormat()
+        fragment = layout.make_fragment(
+            file, self.filesystem, partition_expression=partition
+        )
+        counts = [0] * len(rows)
+        for piece in fragment.split_by_row_group(self.filters, schema):
+            group = piece.row_groups[0].id
+            one = ds.FileSystemDataset([piece], schema, layout, self.filesystem)
+            counts[group] = one.count_rows(filter=self.filters)
+        return counts
+
+    def _read_raw(self, block: int, batch_rows: int) -> Iterator[Any]:
+        pa = _import_data_package("pyarrow", "pyarrow")
+        file = self.files[self.block_file[block]]
+        hive = self._hive_values(file)
+        with self._open(file) as opened:
+            stored = opened.schema_arrow.names
+            names = stored if self.filters is not None else self.types
+            columns = [name for name in names if name in stored]
+            for batch in opened.iter_batches(
+                batch_rows, [self.block_key[block]], columns, use_threads=False
+            ):
+                for name, value in hive.items():
+                    if name not in stored:
+                        constant = pa.repeat(value, batch.num_rows)
+                        batch = batch.append_column(name, constant)
+                if self.filters is None:
+                    yield batch
+                else:
+                    table = pa.Table.from_batches([batch])
+                    yield from table.filter(self.filters).to_batches()
+
+
+# --- Streams, part 2: in which order they come
+
+
+class _StreamWindow:
+    """One stretch of the epoch's order: parts of some blocks, shuffled together."""
+
+    def __init__(
+        self, group: int, number: int, begin: int, blocks: Any, low: Any, high: Any
+    ):
+        self.group, self.number, self.begin = group, number, begin
+        self.blocks, self.low, self.high = blocks, low, high
+        self.rows = int((high - low).sum())
+        self.end = begin + self.rows
+
+
+class _EpochPlan:
+    """The order of one epoch, computed from row counts alone; nothing is read.
+
+    Blocks are permuted and put into groups of about 8 large or many small ones. The
+    blocks of a group are read side by side: each of its windows holds the same
+    fraction of every block, and the rows of a window are permuted. So a batch mixes
+    rows of all blocks of a group, memory is bounded by a window, and any position
+    belongs to a window that can be found and read without those before it.
+    """
+
+    def __init__(
+        self, block_rows: Any, window_rows: int, seed: int, epoch: int, shuffle: bool
+    ):
+        np = self.np = _import_data_package("numpy", "numpy")
+        self.name, self.shuffle = f"{seed}/{epoch}", shuffle
+        self.block_rows, self.window_rows = block_rows, window_rows
+        blocks = np.flatnonzero(block_rows)
+        if shuffle:
+            blocks = blocks[self._permute("blocks", len(blocks))]
+        rows = block_rows[blocks]
+        self.total = int(rows.sum())
+        start = np.cumsum(rows) - rows
+        # Reading stops somewhere inside a group when a run ends; a resumed one has to
+        # skip up to there, so groups of huge blocks are bounded too.
+        reach = window_rows
+        if shuffle and self.total:
+            reach = max(reach, min(8 * int(rows.max()), 32 * window_rows))
+        groups = max(1, -(-self.total // reach))
+        _, first = np.unique(start * groups // max(1, self.total), return_index=True)
+        self.blocks, self.first = blocks, np.append(first, len(blocks))
+        self.group_begin = np.append(start[first], self.total)
+        self._windows: tuple[int, list[_StreamWindow]] = (-1, [])
+        self._recent: dict[Any, Any] = {}
+
+    def _permute(self, name: Any, rows: int) -> Any:
+        mixed_seed = random.Random(f"{self.name}/{name}").getrandbits(63)
+        generator = torch.Generator().manual_seed(mixed_seed)
+        return torch.randperm(rows, generator=generator, dtype=torch.int32).numpy()
+
+    def _remember(self, key: Any, compute: Callable[[], Any]) -> Any:
+        if key not in self._recent:
+            while len(self._recent) > 3:
+                self._recent.pop(next(iter(self._recent)))
+            self._recent[key] = compute()
+        return self._recent[key]
+
+    def window_at(self, position: int) -> _StreamWindow:
+        """Return the window that holds a position of the epoch."""
+        np = self.np
+        group = int(np.searchsorted(self.group_begin, position, "right")) - 1
+        if self._windows[0] != group:
+            blocks = self.blocks[self.first[group] : self.first[group + 1]]
+            rows = self.block_rows[blocks]
+            count = -(-int(rows.sum()) // self.window_rows)
+            if self.shuffle:
+                edges = np.outer(np.arange(count + 1), -(-rows // count))
+                cuts = np.minimum(edges, rows)
+            else:
+                edges = int(rows.sum()) * np.arange(count + 1) // count
+                cuts = np.clip(edges[:, None] - (np.cumsum(rows) - rows), 0, rows)
+            begins = (int(self.group_begin[group]) + cuts.sum(1)).tolist()
+            windows = [
+                _StreamWindow(group, t, begins[t], blocks, cuts[t], cuts[t + 1])
+                for t in range(count)
+            ]
+            self._windows = (group, [w for w in windows if w.rows])
+        windows = self._windows[1]
+        return next(w for w in windows if w.begin <= position < w.end)
+
+    def order(self, window: _StreamWindow) -> Any:
+        """Return which row of the window comes at each of its positions."""
+        if not self.shuffle:
+            return self.np.arange(window.rows, dtype=self.np.int32)
+        name = f"{window.group}/{window.number}"
+        return self._remember(name, lambda: self._permute(name, window.rows))
+
+    def _crossing(self, low: int, high: int, rank: int, ranks: int) -> dict[int, Any]:
+        """Return a rank's rows of a batch, sorted, by the windows it lies in."""
+        np = self.np
+        begins, rows, depth = [], [], []
+        while low < high:
+            window = self.window_at(low)
+            stop = min(high, window.end)
+            piece = np.sort(
+                self.order(window)[low - window.begin : stop - window.begin]
+            )
+            begins.append(np.full(len(piece), window.begin))
+            rows.append(piece)
+            depth.append((piece + 0.5) / window.rows)
+            low = stop
+        begin, row = np.concatenate(begins), np.concatenate(rows)
+        # A rank takes the same fraction of every window, so it keeps to its blocks.
+        ranked = np.argsort(np.concatenate(depth), kind="stable")
+        mine = np.sort(
+            ranked[len(row) * rank // ranks : len(row) * (rank + 1) // ranks]
+        )
+        return {b: row[mine][begin[mine] == b] for b in np.unique(begin).tolist()}
+
+    def shares(
+        self, position: int, batch_size: int, drop_last: bool, rank: int, ranks: int
+    ) -> Iterator[tuple[_StreamWindow, int, Any, list[int], bool]]:
+        """Yield what a rank takes of each window from `position` on.
+
+        Yields:
+            (window, number of the first batch counted from `position`, rows of the
+            window in the order of the batches, how many go into each batch, whether
+            the last of them ends here).
+        """
+        np, start = self.np, position
+        total = self.total - start
+        if drop_last:
+            total -= total % batch_size
+
+        def bound(k: int) -> int:
+            return start + _epoch_batch_bound(k, total, batch_size)
+
+        k = 0
+        while position < start + total:
+            window, first_k = self.window_at(position), k
+            pieces, counts, whole = [], [], True
+            while position < min(window.end, start + total):
+                low, high = bound(k), bound(k + 1)
+                if low == position and high <= window.end:
+                    # All batches of this length that lie in the window, at once.
+                    last = k + (window.end - low) // (high - low)
+                    while bound(last) - low != (last - k) * (high - low):
+                        last -= 1
+                    inside = slice(low - window.begin, bound(last) - window.begin)
+                    rows = self.order(window)[inside].reshape(-1, high - low)
+                    rows = np.sort(rows, axis=1) if self.shuffle else rows
+                    cut = [(high - low) * r // ranks for r in (rank, rank + 1)]
+                    rows = rows[:, cut[0] : cut[1]]
+                    pieces.append(rows.ravel())
+                    counts += [rows.shape[1]] * rows.shape[0]
+                    k, position = last, bound(last)
+                    continue
+                rows = self._remember(
+                    (low, high, rank, ranks),
+                    functools.partial(self._crossing, low, high, rank, ranks),
+                )[window.begin]
+                pieces.append(rows)
+                counts.append(len(rows))
+                position = min(high, window.end)
+                whole = high <= window.end
+                k += whole
+            yield window, first_k, np.concatenate(pieces), counts, whole
+
+
+# --- Streams, part 3: reading windows and cutting batches
+
+
+class _BlockReader:
+    """Reads stretches of one block, in order, as slices of what is decoded."""
+
+    def __init__(self, batches: Iterator[tuple[int, list[Any]]]):
+        self._batches = batches
+        self._position, self._left, self._arrays = 0, 0, []
+
+    def read(self, low: int, high: int) -> list[tuple[int, list[Any]]]:
+        """Return [(rows, arrays), ...] of the block's rows low to high."""
+        pieces = []
+        while self._position < high:
+            if not self._left:
+                self._left, self._arrays = next(self._batches)
+                continue
+            # Rows before `low` are decoded and dropped.
+            stop = low if self._position < low else high
+            take = min(self._left, stop - self._position)
+            if self._position >= low:
+                pieces.append((take, [array.slice(0, take) for array in self._arrays]))
+            self._arrays = [array.slice(take) for array in self._arrays]
+            self._left -= take
+            self._position += take
+        return pieces
+
+
+class _RowLayout:
+    """How columns are stored in a chunk of rows, ready to be cut into batches.
+
+    A chunk is a list: a (rows, columns) matrix for all numeric columns of one type, a
+    (rows, size) matrix for each fixed-size list, an Arrow array for each other column.
+    Row-major matrices make shuffling a copy of whole rows (a third of the time of
+    column by column), and a batch one slice a type.
+    """
 
     def __init__(
         self,
-        file_path: str,
+        source: _BlockSource,
+        fill_null: dict[str, Any] | None = None,
+        as_rows: bool = False,
+        stack: dict[str, list[str]] | None = None,
+    ):
+        np = _import_data_package("numpy", "numpy")
+        pa = _import_data_package("pyarrow", "pyarrow")
+        self.as_rows, self.fill_null = as_rows, fill_null or {}
+        self.types: dict[str, Any] = {}
+        # (name of a matrix that goes into the batch as a whole, its columns, NumPy
+        # type, size if it is one column of fixed-size lists).
+        self.matrices: list[tuple[str | None, list[int], Any, int]] = []
+        self.others: list[int] = []
+        stacked = {name: to for to, names in (stack or {}).items() for name in names}
+        numbers: dict[tuple[str | None, Any], list[int]] = {}
+        for i, (name, stored) in enumerate(source.types.items()):
+            kind = stored if as_rows else _tensor_type(pa, stored)
+            if kind is None:
+                raise DataError(
+                    f"column {name!r} of {source.first_file} has type {stored}, which "
+                    "fits no batch: leave it out with columns=[...] or convert it with "
+                    "column_types"
+                )
+            self.types[name] = kind
+            if not as_rows and pa.types.is_fixed_size_list(kind):
+                dtype = np.dtype(kind.value_type.to_pandas_dtype())
+                self.matrices.append((name, [i], dtype, kind.list_size))
+            elif not as_rows and pa.types.is_primitive(kind):
+                key = stacked.pop(name, None), np.dtype(kind.to_pandas_dtype())
+                numbers.setdefault(key, []).append(i)
+            else:
+                self.others.append(i)
+        for name, to in stacked.items():
+            raise DataError(f"column {name!r} of stack {to!r} is no column of numbers")
+        for (to, dtype), columns in numbers.items():
+            if to in [done for done, *_ in self.matrices if done]:
+                raise DataError(
+                    f"the columns of stack {to!r} have several types, {dtype} among "
+                    "them: make them one with column_types"
+                )
+            if to:
+                position = {name: i for i, name in enumerate(source.types)}
+                columns = [position[name] for name in (stack or {})[to]]
+            self.matrices.append((to, columns, dtype, 0))
+        self.names = list(self.types)
+        hidden = {name for names in (stack or {}).values() for name in names}
+        self.outputs = [name for name in self.names if name not in hidden]
+        self.outputs += list(stack or {})
+        kinds = list(self.types.values())
+        self.schema = pa.schema([(str(i), kinds[i]) for i in self.others])
+
+    def convert(self, file: str, name: str, array: Any) -> Any:
+        """Give a decoded column its type, and fill or refuse its nulls."""
+        pa = _import_data_package("pyarrow", "pyarrow")
+        kind = self.types[name]
+        try:
+            if pa.types.is_dictionary(array.type) and array.type != kind:
+                array = array.dictionary_decode()
+            if array.type != kind:
+                array = array.cast(kind)
+            if array.null_count and name in self.fill_null:
+                array = array.fill_null(pa.scalar(self.fill_null[name], kind))
+        except (pa.ArrowException, ValueError, TypeError) as error:
+            raise DataError(f"column {name!r} of {file}: {error}") from error
+        if self.as_rows:
+            return array
+        nulls = array.null_count
+        if pa.types.is_fixed_size_list(kind):
+            nulls += array.flatten().null_count
+        elif not pa.types.is_primitive(kind):
+            return array
+        elif nulls and pa.types.is_floating(kind):
+            return array.fill_null(float("nan"))
+        if nulls:
+            raise DataError(
+                f"column {name!r} of {file} has nulls, which {kind} tensors cannot "
+                f"hold: pass fill_null={{{name!r}: ...}}"
+            )
+        return array
+
+    def allocate(self, rows: int) -> list[Any]:
+        """Return the matrices of a chunk, to be filled part by part."""
+        np = _import_data_package("numpy", "numpy")
+        return [
+            np.empty((rows, size or len(columns)), dtype)
+            for _, columns, dtype, size in self.matrices
+        ]
+
+    def fill(self, chunk: list[Any], at: int, arrays: list[Any]) -> int:
+        """Write decoded columns into a chunk from row `at` on; return the end."""
+        end = at + len(arrays[0])
+        for matrix, (_, columns, _, size) in zip(chunk, self.matrices, strict=True):
+            for place, i in enumerate(columns):
+                array = arrays[i].flatten() if size else arrays[i]
+                # Copies only booleans, which Arrow keeps as bits.
+                values = array.to_numpy(zero_copy_only=False)
+                if size:
+                    matrix[at:end] = values.reshape(-1, size)
+                else:
+                    matrix[at:end, place] = values
+        return end
+
+    def gather(self, chunk: list[Any], rows: Any) -> list[Any]:
+        """Take rows of a chunk in the given order (tensors and Arrow arrays)."""
+        np = _import_data_package("numpy", "numpy")
+        pa = _import_data_package("pyarrow", "pyarrow")
+        taken: list[Any] = []
+        for values in chunk:
+            if isinstance(values, np.ndarray):
+                out = np.empty((len(rows), values.shape[1]), values.dtype)
+                # "clip" writes straight to `out`; "raise" would buffer it.
+                np.take(values, rows, axis=0, out=out, mode="clip")
+                taken.append(torch.from_numpy(out))
+            else:
+                taken.append(values.take(pa.array(rows)))
+        return taken
+
+    def cut(self, chunk: list[Any], low: int, high: int) -> list[Any]:
+        """Slice a gathered chunk without copying."""
+        count = len(self.matrices)
+        cut = [matrix[low:high] for matrix in chunk[:count]]
+        return cut + [array.slice(low, high - low) for array in chunk[count:]]
+
+    def batch(self, pieces: list[list[Any]], strings: str, pin: bool) -> dict[str, Any]:
+        """Join slices to one batch: column name -> tensor, list or Arrow array."""
+        pa = _import_data_package("pyarrow", "pyarrow")
+        joined: list[Any] = pieces[0]
+        if len(pieces) > 1:
+            count = len(self.matrices)
+            parts = list(zip(*pieces, strict=True))
+            joined = [torch.cat(part) for part in parts[:count]]
+            joined += [pa.concat_arrays(part) for part in parts[count:]]
+        batch: dict[str, Any] = dict.fromkeys(self.outputs)
+        for matrix, (to, columns, _, _) in zip(joined, self.matrices, strict=False):
+            matrix = matrix.pin_memory() if pin else matrix
+            if to:
+                batch[to] = matrix
+                continue
+            for i, column in zip(columns, matrix.unbind(1), strict=True):
+                batch[self.names[i]] = column
+        for i, array in zip(self.others, joined[len(self.matrices) :], strict=True):
+            batch[self.names[i]] = array if strings == "arrow" else array.to_pylist()
+        return batch
+
+    def pack(self, chunk: list[Any]) -> tuple[list[Any], torch.Tensor]:
+        """Put a gathered chunk into one tensor, which is cheap to send."""
+        pa = _import_data_package("pyarrow", "pyarrow")
+        raw, heads = [], []
+        tensors = [c for c in chunk if isinstance(c, torch.Tensor)]
+        for values in tensors:
+            raw.append(values.contiguous().view(-1).view(torch.uint8))
+            heads.append((values.dtype, tuple(values.shape)))
+        if self.others:
+            arrays = chunk[len(tensors) :]
+            batch = pa.record_batch(arrays, schema=self.schema)
+            raw.append(torch.frombuffer(batch.serialize(), dtype=torch.uint8))
+        # Arrow and torch want numbers at addresses that are multiples of their size.
+        sizes = [-(-len(r) // 64) * 64 for r in raw]
+        packed = torch.empty(sum(sizes), dtype=torch.uint8)
+        at = 0
+        for values, size in zip(raw, sizes, strict=True):
+            packed[at : at + len(values)] = values
+            at += size
+        return heads, packed
+
+    def unpack(self, heads: list[Any], packed: torch.Tensor) -> list[Any]:
+        """Undo `pack` without copying."""
+        pa = _import_data_package("pyarrow", "pyarrow")
+        chunk: list[Any] = []
+        at = 0
+        for dtype, shape in heads:
+            nbytes = math.prod(shape) * dtype.itemsize
+            chunk.append(packed[at : at + nbytes].view(dtype).view(shape))
+            at += -(-nbytes // 64) * 64
+        if self.others:
+            buffer = pa.py_buffer(packed[at:].numpy())
+            chunk += pa.ipc.read_record_batch(buffer, self.schema).columns
+        return chunk
+
+
+class _WindowFeed(IterableDataset):
+    """What each worker does: read its blocks of every window and order their rows.
+
+    Workers own whole blocks of a window (no block is decoded twice), so each batch is
+    put together from a slice of every worker's chunk.
+    """
+
+    def __init__(
+        self,
+        stream: "_ColumnStream",
+        layout: _RowLayout,
+        batch_size: int,
+        drop_last: bool,
+    ):
+        self.stream, self.layout = stream, layout
+        self.batch_size, self.drop_last = batch_size, drop_last
+        # Epoch and position, in shared memory: workers live longer than an epoch.
+        self.cursor = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self.told = len(stream.source.skipped)
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        try:
+            for head, chunk in self.windows(number, count):
+                yield head, *(self.layout.pack(chunk) if worker else (None, chunk))
+        except DataError as error:
+            if not worker:
+                raise
+            # A plain item: DataLoader would bury the message in a traceback.
+            yield str(error), None, None
+
+    def windows(self, worker: int, workers: int) -> Iterator[tuple[Any, list[Any]]]:
+        """Yield ((group, first batch, rows per batch, complete, skipped), chunk)."""
+        stream = self.stream
+        epoch, position = self.cursor.tolist()
+        shares = stream.plan(epoch).shares(
+            position, self.batch_size, self.drop_last, stream.rank, stream.world_size
+        )
+        readers: dict[int, _BlockReader | None] = {}
+        # While the caller orders and uses one window, the next is decoded: Arrow
+        # releases the GIL. Workers have their own core for it.
+        threads = 1 if workers > 1 else max(1, min(4, _usable_cpu_count() - 1))
+        with ThreadPoolExecutor(threads) as pool:
+            start = functools.partial(self._start_window, pool, readers)
+            following = next(shares, None)
+            ahead = following and start(worker, workers, following)
+            while ahead:
+                following = next(shares, None)
+                head, rows, chunk = self._finish_window(readers, *ahead)
+                ahead = following and start(worker, workers, following)
+                yield (*head, self._tell_skipped()), self.layout.gather(chunk, rows)
+
+    def _tell_skipped(self) -> list[str]:
+        """Return what a worker skipped since it last told; there is no need to else."""
+        if get_worker_info() is None:
+            return []
+        skipped = self.stream.source.skipped
+        fresh, self.told = skipped[self.told :], len(skipped)
+        return fresh
+
+    def _start_window(
+        self, pool: Any, readers: dict[int, Any], worker: int, workers: int, share: Any
+    ) -> tuple[Any, ...]:
+        """Begin to decode a worker's blocks of a window."""
+        np = _import_data_package("numpy", "numpy")
+        window, _, rows, _, _ = share
+        edges = np.append(0, np.cumsum(window.high - window.low))
+        first, last = 0, len(window.blocks)
+        keep = None
+        if workers > 1:
+            size = self.stream.source.block_rows[window.blocks]
+            middle = (np.cumsum(size) - size / 2) / size.sum()
+            turn = (worker - window.group) % workers
+            first, last = np.searchsorted(middle * workers, [turn, turn + 1])
+            keep = (rows >= edges[first]) & (rows < edges[last])
+            rows = rows[keep]
+        if len(rows):  # A rank reads no block that holds none of its rows.
+            ends = [rows.min(), rows.max()]
+            first, last = np.searchsorted(edges, ends, "right") - [1, 0]
+        else:
+            first = last = 0
+        chunk = self.layout.allocate(int(edges[last] - edges[first]))
+        for block in [b for b in readers if b not in window.blocks]:
+            del readers[block]
+        parts = []
+        for i in range(first, last):
+            part = int(window.blocks[i]), int(window.low[i]), int(window.high[i])
+            at = int(edges[i] - edges[first])
+            parts.append(pool.submit(self._read_part, readers, chunk, at, *part))
+        return share, keep, rows - edges[first], chunk, parts
+
+    def _read_part(
+        self,
+        readers: dict[int, Any],
+        chunk: list[Any],
+        at: int,
+        block: int,
+        low: int,
+        high: int,
+    ) -> Any:
+        """Decode rows of a block into a chunk; return its other columns' arrays."""
+        pa = _import_data_package("pyarrow", "pyarrow")
+        source, layout = self.stream.source, self.layout
+        begin = at
+        others: list[list[Any]] = [[] for _ in layout.others]
+        try:
+            if block not in readers:
+                ahead = max(1024, min(high - low, 1 << 16))
+                readers[block] = _BlockReader(source.read(block, ahead, layout.convert))
+            reader = readers[block]
+            if reader is None:
+                raise DataError("was skipped before")
+            for _, arrays in reader.read(low, high) if low < high else ():
+                at = layout.fill(chunk, at, arrays)
+                for values, i in zip(others, layout.others, strict=True):
+                    values.append(arrays[i])
+        except DataError as error:
+            if source.on_error == "raise":
+                raise
+            if readers.get(block, self) is not None:
+                source.skipped.append(str(error))
+            readers[block] = None
+            lost = [[pa.nulls(high - low, kind)] for kind in layout.schema.types]
+            return lost, (begin, begin + high - low)
+        return others, None
+
+    def _finish_window(
+        self,
+        readers: dict[int, Any],
+        share: Any,
+        keep: Any,
+        rows: Any,
+        chunk: list[Any],
+        parts: list[Any],
+    ) -> tuple[Any, Any, list[Any]]:
+        """Wait for what `_start_window` began; return (head, rows, chunk)."""
+        np = _import_data_package("numpy", "numpy")
+        pa = _import_data_package("pyarrow", "pyarrow")
+        window, first_k, _, counts, whole = share
+        done = [part.result() for part in parts]
+        lost = [gap for _, gap in done if gap]
+        if keep is None and lost:
+            keep = np.ones(len(rows), dtype=bool)
+        if keep is not None:
+            for low, high in lost:
+                gap = (rows >= low) & (rows < high)
+                keep[np.flatnonzero(keep)[gap]] = False
+                rows = rows[~gap]
+            ends = np.append(0, np.cumsum(keep))
+            counts = np.diff(ends[np.append(0, np.cumsum(counts))]).tolist()
+        for i, kind in enumerate(self.layout.schema.types):
+            arrays = [array for others, _ in done for array in others[i]]
+            chunk.append(pa.concat_arrays(arrays) if arrays else pa.array([], kind))
+        return (window.group, first_k, counts, whole), rows, chunk
+
+
+def _cut_lines(
+    stream: Any, block_bytes: int, quote: int | None
+) -> Iterator[tuple[bytes, int]]:
+    """Cut a text stream after whole rows: (bytes, rows that are not blank)."""
+    np = _import_data_package("numpy", "numpy")
+    rest = b""
+    while True:
+        data = stream.read(block_bytes)
+        block = rest + data
+        if not block:
+            return
+        letters = np.frombuffer(block, np.uint8)
+        ends = np.flatnonzero(letters == 10)
+        if quote is not None:
+            quotes = np.flatnonzero(letters == quote)
+            if len(quotes):  # a newline after an odd number of quotes is text
+                ends = ends[np.searchsorted(quotes, ends) % 2 == 0]
+        if not data and (not len(ends) or ends[-1] != len(block) - 1):
+            ends = np.append(ends, len(block))
+        if not len(ends):
+            rest = block
+            continue
+        starts = np.append(0, ends[:-1] + 1)
+        length = ends - starts
+        blank = length == 0
+        short = np.flatnonzero(length == 1)
+        blank[short] = letters[starts[short]] == 13
+        cut = int(ends[-1]) + 1
+        yield block[:cut], len(ends) - int(blank.sum())
+        rest = block[cut:]
+
+
+class _LineSource(_BlockSource):
+    """CSV and JSONL files as blocks of whole rows, found by one pass over the bytes.
+
+    The pass counts rows (about 1 GB/s) and is what makes the order, equal steps and
+    resume possible. Compressed files and UTF-16/32 cannot be entered in the middle:
+    each is one block, read as a stream.
+    """
+
+    typed = False
+
+    def __init__(
+        self,
+        *args: Any,
+        encoding: str = "utf-8",
+        delimiter: str | None = None,
+        quote_char: str | None = '"',
+    ):
+        self.encoding, self.delimiter = encoding.lower().replace("_", "-"), delimiter
+        self.quote_char = quote_char
+        self.names: dict[str, list[str]] = {}
+        super().__init__(*args)
+
+    def _is_json(self, file: str) -> bool:
+        return ".json" in Path(file).name or ".ndjson" in Path(file).name
+
+    def _is_whole(self, file: str) -> bool:
+        packed = Path(file).suffix in (".gz", ".zst", ".bz2", ".lz4")
+        return packed or self.encoding.startswith(("utf-16", "utf-32"))
+
+    def _cut_file(self, file: str) -> Iterator[tuple[bytes, int]]:
+        pa = _import_data_package("pyarrow", "pyarrow")
+        quote = self.quote_char
+        if self._is_json(file):
+            quote = None  # JSON writes a newline in a string as backslash n
+        with self.filesystem.open_input_stream(file) as opened:
+            stream = opened
+            if self._is_whole(file) and self.encoding not in ("utf-8", "utf8"):
+                stream = pa.transcoding_input_stream(opened, self.encoding, "utf-8")
+            code = None if quote is None else ord(quote)
+            yield from _cut_lines(stream, _LINE_BLOCK_BYTES, code)
+
+    def _index_file(self, file: str) -> tuple[Any, list[int], list[Any], int]:
+        rows, keys, offset, schema = [], [], 0, None
+        for data, count in self._cut_file(file):
+            if schema is None:
+                schema = self._parse(file, data, None).schema
+                count -= not self._is_json(file)
+            rows.append(count)
+            keys.append((offset, len(data)))
+            offset += len(data)
+        if schema is None:
+            raise DataError(f"{file} is empty: remove it, or pass on_error='skip'")
+        self.names[file] = schema.names
+        if self._is_whole(file):
+            return schema, [sum(rows)], [(0, -1)], offset
+        return schema, rows, keys, offset
+
+    def _parse(self, file: str, data: bytes, names: list[str] | None) -> Any:
+        """Parse whole rows; `names` None: the first row of the file is among them."""
+        pa = _import_data_package("pyarrow", "pyarrow")
+        if not self._is_whole(file) and self.encoding not in ("utf-8", "utf8"):
+            data = data.decode(self.encoding).encode()
+        types = self.types or self.given_types
+        if self._is_json(file):
+            pa_json = _import_data_package("pyarrow.json", "pyarrow")
+            return pa_json.read_json(
+                pa.BufferReader(data.removeprefix(b"\xef\xbb\xbf")),
+                pa_json.ReadOptions(use_threads=False, block_size=len(data) + 1),
+                pa_json.ParseOptions(
+                    explicit_schema=pa.schema(types.items()),
+                    unexpected_field_behavior="ignore" if self.types else "infer",
+                ),
+            )
+        pa_csv = _import_data_package("pyarrow.csv", "pyarrow")
+        tabs = ".tsv" in Path(file).name
+        return pa_csv.read_csv(
+            pa.BufferReader(data),
+            pa_csv.ReadOptions(
+                use_threads=False, block_size=len(data) + 1, column_names=names
+            ),
+            pa_csv.ParseOptions(
+                delimiter=self.delimiter or ("\t" if tabs else ","),
+                quote_char=self.quote_char or False,
+                newlines_in_values=True,
+            ),
+            pa_csv.ConvertOptions(
+                column_types=types, include_columns=list(self.types) or None
+            ),
+        )
+
+    def _read_raw(self, block: int, batch_rows: int) -> Iterator[Any]:
+        file = self.files[self.block_file[block]]
+        offset, length = self.block_key[block]
+        if length < 0:
+            blocks = (data for data, _ in self._cut_file(file))
+        else:
+            with self.filesystem.open_input_file(file) as opened:
+                blocks = iter([opened.read_at(length, offset)])
+        names = None if offset == 0 else self.names[file]
+        for data in blocks:
+            table = self._parse(file, data, names)
+            names = self.names[file]
+            yield from table.to_batches()
+
+
+# --- Streams, part 4: what users make
+
+
+class _ColumnStream(IterableDataset):
+    """Rows of column files in an order that seed and epoch alone decide."""
+
+    def __init__(
+        self,
+        source: _BlockSource,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        fill_null: dict[str, Any] | None,
+        rank: int | None,
+        world_size: int | None,
+        window_rows: int | None,
+    ):
+        self.source, self.batch_size = source, batch_size
+        self.shuffle, self.seed, self.fill_null = shuffle, seed, fill_null
+        self.rank, self.world_size = _data_rank(rank, world_size)
+        # 16 MB of rows, a few times over, is what a stream keeps in memory.
+        bounded = max(1024, min(1 << 17, (16 << 20) // source.row_bytes))
+        self.window_rows = window_rows or bounded
+        self.rows = int(source.block_rows.sum())
+        self._row_feed = _WindowFeed(
+            self, _RowLayout(source, fill_null, as_rows=True), batch_size, False
+        )
+
+    @property
+    def skipped(self) -> list[str]:
+        """What on_error="skip" left out so far: file and cause."""
+        return self.source.skipped
+
+    def plan(self, epoch: int) -> _EpochPlan:
+        """Return the order of an epoch."""
+        return _EpochPlan(
+            self.source.block_rows, self.window_rows, self.seed, epoch, self.shuffle
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that decides the order (running workers hear of it)."""
+        self._row_feed.cursor[0] = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        for _, columns in self._row_feed.windows(number, count):
+            yield from self._iterate_rows([_list_values(c) for c in columns])
+
+    def _iterate_rows(self, columns: list[list[Any]]) -> Iterator[Any]:
+        names = list(self.source.types)
+        for values in zip(*columns, strict=True):
+            yield dict(zip(names, values, strict=True))
+
+
+def _list_values(array: Any) -> list[Any]:
+    """Return an Arrow array's Python values, numbers the fast way."""
+    if array.null_count or str(array.type) not in ("int64", "int32", "float", "double"):
+        return array.to_pylist()
+    return array.to_numpy().tolist()
+
+
+class StreamingTextDataset(_ColumnStream):
+    """Texts of CSV and JSONL files, in bounded memory and any number of workers.
+
+    Iterating gives the text of each row; `StreamBatchLoader` gives batches.
+
+    Args:
+        file_path: a file, folder, glob or URI, or a list of them; gzip, zstd and bz2
+            by their ending.
+        chunk_size: rows of which the ranks take their shares (row iteration only).
+        columns: further columns for the batches, a label for instance.
+        column_types: Arrow types by column, where those of the first megabyte of the
+            first file will not do: {"price": "float64"}.
+        fill_null: value by column, for nulls in columns that become integer tensors.
+        on_error: "skip" leaves out what cannot be read and lists it in `skipped`.
+        encoding: of the files; UTF-16 and UTF-32 are read in one piece, like .gz.
+        quote_char: None where quotes are plain letters.
+        window_rows: rows that are shuffled together, by default about 16 MB of them.
+
+    Raises:
+        DataError: names the file, column and remedy.
+    """
+
+    def __init__(
+        self,
+        file_path: str | Path | Sequence[str | Path],
+        text_column: str = "text",
+        chunk_size: int = 10000,
         columns: list[str] | None = None,
-        batch_size: int = 1000,
+        shuffle: bool = False,
+        seed: int = 0,
+        column_types: dict[str, Any] | None = None,
+        fill_null: dict[str, Any] | None = None,
+        on_error: str = "raise",
+        encoding: str = "utf-8",
+        delimiter: str | None = None,
+        quote_char: str | None = '"',
+        filesystem: Any = None,
         rank: int | None = None,
         world_size: int | None = None,
+        window_rows: int | None = None,
     ):
-        self.file_path, self.columns = str(file_path), columns
-        self.batch_size = batch_size
-        self.rank, self.world_size = _data_rank(rank, world_size)
+        names = list(dict.fromkeys([text_column, *(columns or [])]))
+        endings = [".csv", ".tsv", ".jsonl", ".ndjson", ".json"]
+        endings += [e + z for e in endings for z in (".gz", ".zst", ".bz2", ".lz4")]
+        source = _LineSource(
+            file_path,
+            tuple(endings),
+            filesystem,
+            names,
+            {text_column: "string", **(column_types or {})},
+            on_error,
+            encoding=encoding,
+            delimiter=delimiter,
+            quote_char=quote_char,
+        )
+        super().__init__(
+            source, chunk_size, shuffle, seed, fill_null, rank, world_size, window_rows
+        )
+
+    def _iterate_rows(self, columns: list[list[Any]]) -> Iterator[Any]:
+        return iter(columns[0])
+
+
+class StreamingParquetDataset(_ColumnStream):
+    """Rows of Parquet files, in bounded memory and any number of workers.
+
+    Iterating gives each row as a dict of Python values; `StreamBatchLoader` gives
+    batches of tensors and never makes an object a row.
+
+    Args:
+        file_path: a file, folder (`key=value` folders become columns), glob or URI
+            (s3://, gs://, what fsspec knows), or a list of them.
+        columns: the columns to read, all by default.
+        batch_size: rows of which the ranks take their shares (row iteration only).
+        filters: an Arrow expression or [(column, "==", value), ...]; row groups that
+            their statistics rule out are never read.
+        column_types: Arrow types by column to cast to: {"emb": pa.list_(pa.float32(),
+            384)} makes a tensor of lists that all have 384 numbers.
+        fill_null: value by column, for nulls in columns that become integer tensors
+            (those of floats become NaN).
+        on_error: "skip" leaves out what cannot be read and lists it in `skipped`.
+        filesystem: of pyarrow or fsspec, where the path alone does not say it.
+        window_rows: rows that are shuffled together, by default about 16 MB of them.
+
+    Raises:
+        DataError: names the file, column and remedy.
+    """
+
+    def __init__(
+        self,
+        file_path: str | Path | Sequence[str | Path],
+        columns: list[str] | None = None,
+        batch_size: int = 1000,
+        shuffle: bool = False,
+        seed: int = 0,
+        filters: Any = None,
+        column_types: dict[str, Any] | None = None,
+        fill_null: dict[str, Any] | None = None,
+        on_error: str = "raise",
+        filesystem: Any = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        window_rows: int | None = None,
+    ):
+        endings = (".parquet", ".pq")
+        source = _ParquetSource(
+            file_path,
+            endings,
+            filesystem,
+            columns,
+            column_types,
+            on_error,
+            filters=filters,
+        )
+        super().__init__(
+            source, batch_size, shuffle, seed, fill_null, rank, world_size, window_rows
+        )
+
+
+def _same_item(item: Any) -> Any:
+    """Return the item: the default collate would walk through all of it."""
+    return item
+
+
+class StreamBatchLoader:
+    """Batches of a stream: dicts of tensors (and lists), with exact resume.
+
+    Global batch k is the same set of rows for any number of ranks and workers, every
+    row comes once an epoch, and all ranks take the same number of steps; a rank's
+    share may be empty where a batch has fewer rows than there are ranks. The order of
+    the rows inside a batch does not depend on the number of workers either.
+
+    Each epoch goes on from where `set_epoch` or `load_state_dict` put it, by default
+    from the start, and hands over to the next epoch at its end.
+
+    Args:
+        batch_size: rows of a global batch, over all ranks together.
+        device: batches come in pinned memory if it is a CUDA device.
+        num_workers: 0 decodes in a thread, which suits numbers; processes pay where
+            text is turned into Python lists or decoding takes more than one core.
+        drop_last: leave out the rows that do not fill a batch.
+        strings: "list" gives text as Python lists, "arrow" as Arrow arrays (faster).
+        stack: {"x": ["a", "b"]} gives columns of one type as one (batch, 2) tensor
+            "x", which is also faster than column by column.
+    """
+
+    def __init__(
+        self,
+        stream: _ColumnStream,
+        batch_size: int,
+        device: torch.device | None = None,
+        num_workers: int = 0,
+        drop_last: bool = False,
+        strings: str = "list",
+        stack: dict[str, list[str]] | None = None,
+    ):
+        if batch_size < 1 or strings not in ("list", "arrow"):
+            raise ValueError(
+                f"{batch_size=} must be at least 1, {strings=} be 'list' or 'arrow'"
+            )
+        self.stream, self.batch_size, self.drop_last = stream, batch_size, drop_last
+        self.strings, self.num_workers = strings, num_workers
+        self.pin = device is not None and device.type == "cuda"
+        self.layout = _RowLayout(stream.source, stream.fill_null, stack=stack)
+        self.feed = _WindowFeed(stream, self.layout, batch_size, drop_last)
+        self.epoch = self.position = self._start = 0
+        self._workers: DataLoader | None = None
+        if num_workers:
+            self._workers = DataLoader(
+                self.feed,
+                batch_size=None,
+                num_workers=num_workers,
+                collate_fn=_same_item,
+                persistent_workers=True,
+                generator=torch.Generator(),
+            )
+
+    def _bound(self, k: int, start: int = 0) -> int:
+        """Return the global position where batch k, counted from `start`, begins."""
+        rows = self.stream.rows - start
+        rows -= rows % self.batch_size if self.drop_last else 0
+        return start + _epoch_batch_bound(k, rows, self.batch_size)
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, wherever this one starts."""
+        whole, rest = divmod(self.stream.rows, self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch, and the batch (counted from 0) that comes first in it."""
+        self.epoch, self.position = epoch, self._bound(start)
+        self._start = self.position
+
+    def state_dict(self) -> dict[str, int]:
+        """Return epoch and position in rows; the batch last yielded counts as used."""
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after the batch that was last yielded, on any ranks and workers."""
+        self.epoch, self.position = state["epoch"], state["position"]
+        self._start = self.position
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        pq = _import_data_package("pyarrow.parquet", "pyarrow")
-        shard, shards = _stream_shard(self.rank, self.world_size)
-        try:
-            parquet_file = pq.ParquetFile(self.file_path)
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot read {self.file_path}: {error}") from error
-        with parquet_file:
-            names = parquet_file.schema_arrow.names
-            missing = [c for c in self.columns or [] if c not in names]
-            if missing:
-                raise DataError(f"no column {missing} in {self.file_path}: has {names}")
-            position = 0
-            for batch in parquet_file.iter_batches(self.batch_size, None, self.columns):
-                data = batch.to_pydict()
-                rows = zip(*data.values(), strict=True)
-                for i, row in enumerate(rows, position):
-                    if i % shards == shard:
-                        yield dict(zip(data, row, strict=True))
-                position += batch.num_rows
+        base, self._start = self._start, 0
+        self.position = base
+        self.feed.cursor[0], self.feed.cursor[1] = self.epoch, base
+        items = iter(self.feed if self._workers is None else self._workers)
+        pending: list[list[Any]] = []
+        count = max(1, self.num_workers)
+        while parts := list(itertools.islice(items, count)):
+            heads, chunks = [], []
+            for head, packing, chunk in parts:
+                if isinstance(head, str):
+                    raise DataError(head)
+                if packing is not None:
+                    chunk = self.layout.unpack(packing, chunk)
+                    self.stream.source.skipped += head[-1]
+                heads.append(head)
+                chunks.append(chunk)
+            group, k, batches, whole, _ = heads[0]
+            at = [0] * count
+            for b in range(len(batches)):
+                for w in range(count):
+                    # Workers take turns in owning the first blocks of a group.
+                    owner = (w + group) % count
+                    rows = heads[owner][2][b]
+                    if rows:
+                        cut = self.layout.cut(
+                            chunks[owner], at[owner], at[owner] + rows
+                        )
+                        pending.append(cut)
+                        at[owner] += rows
+                if b == len(batches) - 1 and not whole:
+                    break
+                self.position = self._bound(k + b + 1, base)
+                pending = pending or [self.layout.cut(chunks[0], 0, 0)]
+                yield self.layout.batch(pending, self.strings, self.pin)
+                pending = []
+        self.epoch, self.position = self.epoch + 1, 0
 
 
-def _stream_shard(rank: int, world_size: int) -> tuple[int, int]:
-    """Return this reader's number and how many there are: workers of all ranks."""
-    worker = get_worker_info()
-    if worker is None:
-        return rank, world_size
-    return rank * worker.num_workers + worker.id, world_size * worker.num_workers
+# --- Images
 
 
-def _decode_image_rgb(path: str | Path) -> Any:
-    """Read an image file as an upright 8-bit RGB Pillow image, whatever its mode."""
+def _decode_image_rgb(path: str | Path, size: tuple[int, int] | None = None) -> Any:
+    """Read an image file as an upright 8-bit RGB Pillow image, whatever its mode.
+
+    Args:
+        size: (height, width) to scale to. JPEG files are then decoded at the smallest
+            of 1/1, 1/2, 1/4, 1/8 that is not below it.
+    """
     pil_image = _import_data_package("PIL.Image", "pillow")
     pil_ops = _import_data_package("PIL.ImageOps", "pillow")
     with pil_image.open(path) as image:
+        if size is not None:
+            longest = max(size)  # the file may be turned by its EXIF tag
+            image.draft(None, (longest, longest))
         image = pil_ops.exif_transpose(image)
         if image.mode.startswith("I"):
             # Pillow clips 16-bit grey to 255 instead of scaling it to 8 bits.
             image = image.convert("F").point(lambda v: v * (255 / 65535) + 0.5)
             image = image.convert("L")
-        if image.mode in ("P", "PA") or "transparency" in image.info:
+        if image.mode in ("PA", "LA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
-        if image.mode in ("RGBA", "LA", "La", "RGBa"):
+        if image.mode == "RGBA":
             # What is transparent may hold any colour: show it on white.
-            image = image.convert("RGBA")
             white = pil_image.new("RGBA", image.size, "white")
             image = pil_image.alpha_composite(white, image)
-        return image.convert("RGB")
+        image = image.convert("RGB")
+        if size is not None:
+            image = image.resize(size[::-1], pil_image.Resampling.BILINEAR)
+        return image
+
+
+def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:
+    """Return the generator for one sample's augmentation in one epoch.
+
+    It depends on nothing else, so augmentation survives resume and any number of
+    workers, which the generators of the workers do not.
+    """
+    mixed_seed = random.Random(f"{seed}/{epoch}/{index}").getrandbits(63)
+    return torch.Generator().manual_seed(mixed_seed)
+
+
+def normalize_images(
+    images_BCHW: torch.Tensor,
+    mean: Sequence[float] = (0.485, 0.456, 0.406),
+    std: Sequence[float] = (0.229, 0.224, 0.225),
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Turn uint8 images into normalised floats, on the device where they are.
+
+    Move them as uint8: that is a quarter of the bytes. The defaults are ImageNet's.
+    """
+    options: dict[str, Any] = {"dtype": torch.float32, "device": images_BCHW.device}
+    scale_C11 = torch.tensor(std, **options).mul(255)[:, None, None]
+    shift_C11 = torch.tensor(mean, **options).mul(255)[:, None, None]
+    return images_BCHW.float().sub_(shift_C11).div_(scale_C11).to(dtype)
 
 
 class LazyImageDataset(Dataset):
     """Images that are opened when they are asked for, as RGB and upright.
 
+    With `size` items are uint8 tensors (3, height, width); without it, Pillow images.
+    A batch is decoded by as many threads as there are free CPUs.
+
     Args:
-        transform: called with the Pillow image.
+        transform: called with the Pillow image (after the resize to `size`).
         labels: one a path; items are then (image, label).
-        on_error: "raise" names an unreadable file; "skip" reports it, notes it in
-            `skipped` and gives None in its place (`skip_missing_collate` drops it).
+        on_error: "raise" names an unreadable file; "skip" reports it, lists it in
+            `skipped` and gives None in its place, which `collate_images` drops.
+        size: height and width, or one number for both.
+        augment: called with the tensor and a generator that depends on seed, epoch
+            (`set_epoch`) and index alone. Needs `size` or a transform to a tensor.
 
     Raises:
         DataError: for an unreadable file under "raise".
@@ -297,6 +1572,9 @@ class LazyImageDataset(Dataset):
         transform: Callable[[Any], Any] | None = None,
         labels: Sequence[Any] | None = None,
         on_error: str = "raise",
+        size: int | tuple[int, int] | None = None,
+        augment: Callable[[torch.Tensor, torch.Generator], torch.Tensor] | None = None,
+        seed: int = 0,
         report: Callable[[str], None] = print,
     ):
         if on_error not in ("raise", "skip"):
@@ -305,7 +1583,20 @@ class LazyImageDataset(Dataset):
             raise DataError(f"{len(image_paths)} images but {len(labels)} labels")
         self.paths, self.labels = image_paths, labels
         self.transform, self.on_error, self.report = transform, on_error, report
-        self.skipped: list[str] = []
+        self.size = (size, size) if isinstance(size, int) else size
+        self.augment, self.seed = augment, seed
+        # Shared with the workers: the epoch, and which files could not be read.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._bad = torch.zeros(len(image_paths), dtype=torch.bool).share_memory_()
+
+    @property
+    def skipped(self) -> list[str]:
+        """The files that could not be read so far, in any worker."""
+        return [str(self.paths[i]) for i in self._bad.nonzero().flatten().tolist()]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the augmentation (running workers hear of it)."""
+        self._epoch[0] = epoch
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -313,25 +1604,147 @@ class LazyImageDataset(Dataset):
     def __getitem__(self, idx: int) -> Any:
         path = self.paths[idx]
         try:
-            image = _decode_image_rgb(path)
-        except (OSError, SyntaxError, ValueError) as error:
+            image = _decode_image_rgb(path, self.size)
+        except Exception as error:  # Pillow's plugins raise nearly anything
             message = f"cannot read image {path}: {error}"
-            if self.on_error == "raise":
+            if isinstance(error, ImportError) or self.on_error == "raise":
                 raise DataError(
                     f"{message}. Repair or remove it, or pass on_error='skip'"
                 ) from error
-            self.skipped.append(str(path))
-            self.report(f"{message} (skipped)")
+            if not self._bad[idx]:
+                self._bad[idx] = True
+                self.report(f"{message} (skipped)")
             return None
         if self.transform:
             image = self.transform(image)
+        elif self.size is not None:
+            # Stored as height, width, channel: no copy, and fast to put in a batch.
+            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+            image = pixels.view(*self.size, 3).permute(2, 0, 1)
+        if self.augment:
+            generator = sample_generator(self.seed, int(self._epoch), idx)
+            image = self.augment(image, generator)
         return image if self.labels is None else (image, self.labels[idx])
 
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        """Return several items; DataLoader calls it with the indices of a batch."""
+        threads = 1 if get_worker_info() else min(_usable_cpu_count(), len(indices))
+        if threads < 2:
+            return [self[i] for i in indices]
+        with ThreadPoolExecutor(threads) as pool:  # decoding releases the GIL
+            return list(pool.map(self.__getitem__, indices))
 
-def skip_missing_collate(samples: list[Any]) -> Any:
-    """Collate what is not None; a batch of nothing but None is None."""
+
+def collate_images(samples: list[Any]) -> Any:
+    """Collate images, or tuples that begin with one, and drop those that are None.
+
+    A batch of images is stored channels-last (six times faster to put together, and
+    what convolutions on GPUs like); nothing but None gives None.
+    """
     kept = [sample for sample in samples if sample is not None]
-    return torch.utils.data.default_collate(kept) if kept else None
+    if not kept:
+        return None
+    if isinstance(kept[0], tuple):
+        images, *others = zip(*kept, strict=True)
+        others = [torch.utils.data.default_collate(list(other)) for other in others]
+        return (collate_images(list(images)), *others)
+    if isinstance(kept[0], torch.Tensor) and kept[0].ndim == 3:
+        return torch.stack([i.permute(1, 2, 0) for i in kept]).permute(0, 3, 1, 2)
+    return torch.utils.data.default_collate(kept)
+
+
+# --- Lengths
+
+
+class TokenBudgetBatchSampler(Sampler[list[int]]):
+    """Batches of texts of like length, each of at most `max_tokens` padded tokens.
+
+    Rows are shuffled, sorted by length within stretches of `stretch` rows, cut into
+    batches, and the batches shuffled. Every row comes once an epoch; global batches
+    depend on seed and epoch alone, each rank gets its slice of them. For inference
+    take shuffle=False: longest first, so that too large a budget fails at once.
+
+    Args:
+        lengths: tokens of each row.
+        max_tokens: rows x longest row of a global batch, over all ranks together.
+
+    Raises:
+        ValueError: if a row is longer than `max_tokens`, or a rank would get no row.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        max_tokens: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int | None = None,
+        world_size: int | None = None,
+        stretch: int = 8192,
+    ):
+        self.lengths = torch.as_tensor(lengths, dtype=torch.int64)
+        if len(self.lengths) and int(self.lengths.max()) > max_tokens:
+            row = int(self.lengths.argmax())
+            raise ValueError(
+                f"row {row} has {int(self.lengths[row])} tokens, more than "
+                f"{max_tokens=}: raise max_tokens or truncate the text"
+            )
+        self.max_tokens, self.seed, self.shuffle = max_tokens, seed, shuffle
+        self.stretch = stretch if shuffle else max(1, len(self.lengths))
+        self.rank, self.world_size = _data_rank(rank, world_size)
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch, and the batch (counted from 0) that comes first in it."""
+        self.start = start
+        self.batches = self._make_batches(epoch)
+        shortest = min(map(len, self.batches), default=self.world_size)
+        if shortest < self.world_size:
+            raise ValueError(
+                f"a batch of {shortest} rows leaves some of the {self.world_size} "
+                f"ranks without a row: raise max_tokens={self.max_tokens}"
+            )
+
+    def _make_batches(self, epoch: int) -> list[list[int]]:
+        mixed_seed = random.Random(f"{self.seed}/{epoch}").getrandbits(63)
+        generator = torch.Generator().manual_seed(mixed_seed)
+        count = len(self.lengths)
+        order = (
+            torch.randperm(count, generator=generator)
+            if self.shuffle
+            else torch.arange(count)
+        )
+        batches: list[list[int]] = []
+        for part in order.split(self.stretch):
+            by_length = self.lengths[part].argsort(descending=True, stable=True)
+            rows = part[by_length].tolist()
+            lengths = self.lengths[rows].tolist()
+            first = 0
+            made: list[list[int]] = []
+            while first < len(rows):
+                size = self.max_tokens // max(1, lengths[first])
+                made.append(rows[first : first + size])
+                first += size
+            if len(made) > 1:  # the last two share their rows evenly
+                tail = made[-2] + made[-1]
+                made[-2:] = tail[: (len(tail) + 1) // 2], tail[(len(tail) + 1) // 2 :]
+            batches += made
+        if not self.shuffle:
+            return batches
+        turns = torch.randperm(len(batches), generator=generator).tolist()
+        return [batches[i] for i in turns]
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, wherever `set_epoch` starts."""
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches[self.start :]:
+            first = len(batch) * self.rank // self.world_size
+            yield batch[first : len(batch) * (self.rank + 1) // self.world_size]
+
+
+# --- The factory
 
 
 def create_optimized_dataloader(
@@ -375,3 +1788,80 @@ def create_optimized_dataloader(
         if not isinstance(dataset, IterableDataset):
             options["shuffle"] = shuffle
     return DataLoader(dataset, **options)
+
+
+def _batches_per_second(batches: Iterator[Any], seconds: float) -> tuple[float, Any]:
+    """Time batches after the first, which pays for the start; return a batch too."""
+    first = batch = next(batches, None)
+    start = time.perf_counter()
+    count, elapsed = 0, 0.0
+    while elapsed < seconds and batch is not None:
+        batch = next(batches, None)
+        count += batch is not None
+        elapsed = time.perf_counter() - start
+    return count / max(elapsed, 1e-9), first
+
+
+def tune_dataloader(
+    dataset: Dataset,
+    batch_size: int,
+    device: torch.device,
+    step: Callable[[Any], Any] | None = None,
+    seconds: float = 1.0,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    workers: Sequence[int] | None = None,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Time a few numbers of workers on the user's data and say which to take.
+
+    Args:
+        step: the training step for one batch; times it too, to tell whether loader or
+            model is the bottleneck.
+        seconds: how long each setting is timed, once it has started.
+        workers: numbers to try: by default 0, 1, 2, 4 ... up to the usable CPUs.
+
+    Returns:
+        num_workers (the least that is within 5% of the fastest), batches_per_s by
+        number of workers, steps_per_s and bottleneck ("loader", "model" or None).
+    """
+    cpus = _usable_cpu_count()
+    if workers is None:
+        tries = [0, *(2**i for i in range(8) if 2**i <= min(cpus, 16))]
+        workers = [0] if device.type == "mps" else tries
+    rates: dict[int, float] = {}
+    batch = None
+    for count in workers:
+        loader: Any
+        if isinstance(dataset, _ColumnStream):
+            loader = StreamBatchLoader(dataset, batch_size, device, count)
+        else:
+            loader = create_optimized_dataloader(
+                dataset, batch_size, device, num_workers=count, collate_fn=collate_fn
+            )
+        rates[count], batch = _batches_per_second(iter(loader), seconds)
+        del loader  # stops its workers before the next are timed
+    best = min(n for n in rates if rates[n] >= 0.95 * max(rates.values()))
+    tried = ", ".join(f"{n}: {rate:.1f}" for n, rate in rates.items())
+    report(
+        f"{best} workers: {rates[best]:.1f} batches/s on {cpus} CPUs (tried {tried})"
+    )
+    result = {
+        "num_workers": best,
+        "batches_per_s": rates,
+        "steps_per_s": None,
+        "bottleneck": None,
+    }
+    if step is not None and batch is not None:
+
+        def steps() -> Iterator[Any]:
+            while True:
+                step(batch)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                yield True
+
+        rate = _batches_per_second(steps(), seconds)[0]
+        slower = "loader" if rates[best] < rate else "model"
+        report(f"the model takes {rate:.1f} batches/s: the {slower} is the bottleneck")
+        result |= {"steps_per_s": rate, "bottleneck": slower}
+    return result

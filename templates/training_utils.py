@@ -473,21 +473,23 @@ class CheckpointedModel(nn.Module):
 
     def forward(self, x: Any) -> Any:
         kept_from = 0
-        recompute = self.use_checkpointing and self.training and torch.is_grad_enabled()
-        if recompute and self.layers:
+        if self.use_checkpointing and self.training and self.layers:
             segments = min(self.checkpoint_segments, len(self.layers))
             size = len(self.layers) // segments
             kept_from = size * (segments - 1)
             for start in range(0, kept_from, size):
-                segment = nn.Sequential(*self.layers[start : start + size])
-                x = _checkpointed_call(segment, segment, False, (x,), {})
-        for layer in self.layers[kept_from:]:
-            x = layer(x)
+                segment = functools.partial(self._run_layers, start, start + size)
+                x = _checkpointed_call(segment, self, False, (x,), {})
+        return self._run_layers(kept_from, len(self.layers), x)
+
+    def _run_layers(self, start: int, stop: int, x: Any) -> Any:
+        for index in range(start, stop):
+            x = self.layers[index](x)
         return x
 
 
 def _find_repeated_blocks(module: nn.Module) -> list[nn.Module]:
-    """Return the members of the outermost lists of repeated blocks (see below)."""
+    """Return the members of the outermost lists of repeated blocks."""
     kinds: Counter[type] = Counter()
     if isinstance(module, (nn.ModuleList, nn.Sequential)):
         kinds.update(
@@ -504,7 +506,7 @@ def _checkpointing_class(block_class: type[nn.Module]) -> type[nn.Module]:
     """Return a subclass of block_class whose forward is checkpointed in training."""
 
     def forward(self, *args, **kwargs):
-        if not (self.training and torch.is_grad_enabled()):
+        if not self.training:
             return block_class.forward(self, *args, **kwargs)
         return _checkpointed_call(
             functools.partial(block_class.forward, self),

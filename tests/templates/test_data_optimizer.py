@@ -1,24 +1,25 @@
-"""templates/data_optimizer.py: sampler, images, factory (the streams: _stream)."""
+"""templates/data_optimizer.py: sampler, images and factory."""
 
 import random
 import struct
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 
 from templates.data_optimizer import (
     DataError,
     LazyImageDataset,
     ResumableBatchSampler,
-    StreamingParquetDataset,
-    StreamingTextDataset,
+    TokenBudgetBatchSampler,
+    collate_images,
     create_optimized_dataloader,
+    normalize_images,
+    sample_generator,
     seed_worker,
-    skip_missing_collate,
+    tune_dataloader,
 )
 
 CPU = torch.device("cpu")
@@ -54,7 +55,7 @@ def test_any_number_of_ranks_sees_the_same_global_batches(world_size, drop_last)
     for shares in zip(*ranks, strict=True):  # strict: the same number of steps
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
         assert min(map(len, shares)) >= 1
-    joined = [sum(shares, []) for shares in zip(*ranks, strict=True)]
+    joined = [[i for share in s for i in share] for s in zip(*ranks, strict=True)]
     assert joined == whole
     assert len(whole) == (31 if drop_last else 32)
 
@@ -248,59 +249,157 @@ def test_unreadable_image_is_named_or_skipped(tmp_path):
     assert all(path in line for path, line in zip(bad, said, strict=True))
 
 
-def test_skip_missing_collate_drops_the_unreadable(tmp_path):
-    good = save(tmp_path / "good.png", Image.new("RGB", (4, 4)))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sized_images_come_as_uint8_batches_without_the_unreadable(tmp_path, workers):
+    paths, labels = [], list(range(7))
+    for i in labels:
+        image = Image.new("RGB", (40 + i, 30), (i * 30, 0, 0))
+        paths.append(save(tmp_path / f"{i}.png", image))
+    paths[2] = "missing.png"
     data = LazyImageDataset(
-        [good, "missing.png", good],
-        transform=lambda image: torch.tensor(np.array(image)),
-        on_error="skip",
-        report=lambda line: None,
+        paths, labels=labels, size=(8, 6), on_error="skip", report=lambda line: None
     )
-    loader = DataLoader(data, 2, collate_fn=skip_missing_collate)
-    assert [len(batch) for batch in loader] == [1, 1]
-    assert skip_missing_collate([None]) is None
+    loader = create_optimized_dataloader(
+        data, 4, CPU, shuffle=False, num_workers=workers, collate_fn=collate_images
+    )
+    batches = list(loader)
+    assert [label for _, batch in batches for label in batch] == [0, 1, 3, 4, 5, 6]
+    for images_BCHW, label_B in batches:
+        assert images_BCHW.shape[1:] == (3, 8, 6)
+        assert images_BCHW.dtype == torch.uint8
+        assert images_BCHW.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(images_BCHW[:, 0, 0, 0], (label_B * 30).to(torch.uint8))
+    assert data.skipped == ["missing.png"]
+    assert collate_images([None]) is None
 
 
-# --- streams
+def photo(path, width, height):
+    """A smooth picture with edges, as photos have them."""
+    y, x = np.mgrid[0:height, 0:width]
+    waves = np.stack([np.sin(x / 37 + c) + np.cos(y / 23 - c) for c in range(3)], 2)
+    pixels = (waves * 50 + 127 + 40 * ((x // 90 + y // 70) % 2)[..., None]).astype("u1")
+    return save(path, Image.fromarray(pixels), quality=90)
 
 
-def test_text_rows_come_once_over_workers_and_ranks(tmp_path):
-    texts = [f"row {i}\nsecond line" for i in range(25)] + ["NA"]
-    csv, jsonl = tmp_path / "t.csv", tmp_path / "t.jsonl"
-    frame = pd.DataFrame({"id": range(26), "text": texts})
-    frame.to_csv(csv, index=False)
-    frame.to_json(jsonl, orient="records", lines=True)
-    for path in (csv, jsonl):
-        assert list(StreamingTextDataset(path, chunk_size=4)) == texts
-        seen = []
-        for rank in range(2):
-            data = StreamingTextDataset(path, chunk_size=4, rank=rank, world_size=2)
-            seen += list(DataLoader(data, batch_size=None, num_workers=2))
-        assert sorted(seen) == sorted(texts)
+def test_jpeg_is_decoded_small_and_close_to_the_exact_resize(tmp_path, monkeypatch):
+    path = photo(tmp_path / "p.jpg", 1600, 1200)
+    exact = Image.open(path).convert("RGB").resize((224, 224), Image.BILINEAR)
+    fast = LazyImageDataset([path], size=224)[0].permute(1, 2, 0).numpy()
+    error = np.abs(np.asarray(exact).astype(float) - fast).mean()
+    assert error < 2, "mean of 0 to 255"
+    opened = []
+    real = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image,
+        "resize",
+        lambda image, *args: opened.append(image.size) or real(image, *args),
+    )
+    assert LazyImageDataset([path], size=224)[0].shape == (3, 224, 224)
+    assert opened == [(400, 300)]
 
 
-def test_parquet_rows_are_dicts_of_python_values(tmp_path):
-    path = tmp_path / "t.parquet"
-    frame = pd.DataFrame({"a": range(10), "b": [0.5] * 10, "c": ["x"] * 10})
-    frame.to_parquet(path)
-    rows = list(StreamingParquetDataset(path, batch_size=3))
-    assert rows == [{"a": i, "b": 0.5, "c": "x"} for i in range(10)]
-    only = list(StreamingParquetDataset(path, columns=["a"]))
-    assert only == [{"a": i} for i in range(10)]
-    loader = DataLoader(StreamingParquetDataset(path), batch_size=None, num_workers=2)
-    assert sorted(row["a"] for row in loader) == list(range(10))
+def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path):
+    paths = [save(tmp_path / f"{i}.png", Image.new("RGB", (4, 4))) for i in range(6)]
+
+    def add_noise(image, generator):
+        return image + torch.rand(1, generator=generator)
+
+    data = LazyImageDataset(paths, size=4, augment=add_noise, seed=3)
+
+    def epoch(number, workers, order):
+        data.set_epoch(number)
+        loader = create_optimized_dataloader(
+            data, 1, CPU, num_workers=workers, batch_sampler=[[i] for i in order]
+        )
+        return {i: float(batch.flatten()[0]) for i, batch in zip(order, loader)}  # noqa: B905
+
+    first = epoch(0, 0, range(6))
+    assert epoch(0, 2, [5, 3, 1, 0, 2, 4]) == first
+    assert len(set(first.values())) == 6
+    assert not set(epoch(1, 0, range(6)).values()) & set(first.values())
+    assert sample_generator(0, 1, 2).initial_seed() != (
+        sample_generator(0, 2, 1).initial_seed()
+    )
 
 
-def test_stream_errors_name_file_and_column(tmp_path):
-    csv, parquet = tmp_path / "t.csv", tmp_path / "t.parquet"
-    pd.DataFrame({"a": [1]}).to_csv(csv)
-    pd.DataFrame({"a": [1]}).to_parquet(parquet)
-    for dataset, name in [
-        (StreamingTextDataset(csv), "'text'"),
-        (StreamingTextDataset(tmp_path / "none.csv"), "none.csv"),
-        (StreamingParquetDataset(parquet, columns=["text"]), "'text'"),
-        (StreamingParquetDataset(tmp_path / "none.parquet"), "none.parquet"),
-        (StreamingParquetDataset(csv), "t.csv"),
-    ]:
-        with pytest.raises(DataError, match=name):
-            list(dataset)
+def test_normalize_images_matches_the_formula():
+    images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    wanted = (images / 255 - mean[:, None, None]) / std[:, None, None]
+    torch.testing.assert_close(normalize_images(images), wanted)
+
+
+# --- lengths
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_token_budget_holds_and_every_row_comes_once(world_size, shuffle):
+    lengths = torch.randint(0, 100, (3000,), generator=torch.Generator().manual_seed(0))
+    whole = TokenBudgetBatchSampler(lengths, 800, shuffle=shuffle, stretch=500)
+    whole.set_epoch(2)
+    ranks = []
+    for rank in range(world_size):
+        sampler = TokenBudgetBatchSampler(
+            lengths, 800, 0, shuffle, rank, world_size, stretch=500
+        )
+        sampler.set_epoch(2)
+        assert len(sampler) == len(whole)
+        ranks.append(list(sampler))
+    joined = [[i for share in s for i in share] for s in zip(*ranks, strict=True)]
+    assert joined == list(whole)
+    assert sorted(i for batch in joined for i in batch) == list(range(3000))
+    for shares in zip(*ranks, strict=True):
+        assert min(map(len, shares)) > 0
+    padded = [len(batch) * int(lengths[batch].max()) for batch in joined]
+    assert max(padded) <= 800
+    tokens = int(lengths.sum())
+    random_padding = 3000 * 99
+    assert sum(padded) < tokens * 1.2 < random_padding
+    whole.set_epoch(2, start=5)
+    assert list(whole) == joined[5:]
+    if not shuffle:
+        assert lengths[joined[0][0]] == lengths.max()
+
+
+def test_token_budget_refuses_what_it_cannot_hold():
+    with pytest.raises(ValueError, match="row 1 has 9 tokens"):
+        TokenBudgetBatchSampler([1, 9], 8)
+    with pytest.raises(ValueError, match="raise max_tokens=9"):
+        TokenBudgetBatchSampler([9, 9], 9, rank=0, world_size=2)
+    assert list(TokenBudgetBatchSampler([], 8)) == []
+
+
+# --- tuning
+
+
+class Slow(Dataset):
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, index):
+        return torch.tensor(index)
+
+
+def test_tune_takes_the_fewest_workers_that_are_as_fast(monkeypatch):
+    rates = iter([(10.0, "b"), (99.0, "b"), (100.0, "b"), (50.0, "b")])
+    monkeypatch.setattr(
+        "templates.data_optimizer._batches_per_second", lambda *args: next(rates)
+    )
+    said = []
+    result = tune_dataloader(
+        Slow(), 4, CPU, step=len, workers=[0, 1, 2], report=said.append
+    )
+    assert result["num_workers"] == 1
+    assert result["bottleneck"] == "model"
+    assert result["batches_per_s"] == {0: 10.0, 1: 99.0, 2: 100.0}
+    assert "1 workers" in said[0]
+    assert "bottleneck" in said[1]
+
+
+def test_tune_runs_on_datasets_and_streams(tmp_path):
+    result = tune_dataloader(
+        Slow(), 4, CPU, step=lambda b: b.sum(), seconds=0.05, workers=[0, 1]
+    )
+    assert set(result["batches_per_s"]) == {0, 1}
+    assert result["steps_per_s"] > 0

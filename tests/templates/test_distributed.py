@@ -54,6 +54,16 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+def rank_environment(tmp_path: Path) -> dict[str, str]:
+    # torchrun leaves its log folders in TMPDIR
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(tmp_path),
+    }
+
+
 @pytest.fixture(autouse=True)
 def _no_torchrun(monkeypatch):
     for name in TORCHRUN_VARIABLES:
@@ -86,7 +96,7 @@ def test_torchrun_with_gloo(tmp_path, ranks):
             *(f"--nproc-per-node={ranks}", str(script), str(tmp_path)),
         ],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=rank_environment(tmp_path),
         capture_output=True,
         text=True,
         timeout=120,
@@ -239,7 +249,7 @@ def test_nccl_on_a_real_gpu(tmp_path):
             *("--nproc-per-node=1", str(script), str(tmp_path)),
         ],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=rank_environment(tmp_path),
         capture_output=True,
         text=True,
         timeout=120,

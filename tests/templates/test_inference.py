@@ -257,6 +257,31 @@ def test_the_gpu_is_not_waited_for_before_the_next_launch(monkeypatch):
     assert order == ["launch", "launch", "wait", "launch", "wait", "wait"]
 
 
+def test_a_copy_from_the_gpu_is_asynchronous_and_has_an_event(monkeypatch):
+    calls = []
+
+    class FakeCudaTensor:
+        is_cuda = True
+        device = torch.device("cuda:1")
+
+        def to(self, *args, **kwargs):
+            calls.append((args, kwargs))
+            return "copy"
+
+    class FakeStream:
+        def __init__(self, device):
+            self.device = device
+
+        def record_event(self):
+            return f"event on {self.device} after {len(calls)} copy"
+
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    events = []
+    assert inference._start_cpu_copy(FakeCudaTensor(), events) == "copy"
+    assert calls == [(("cpu",), {"non_blocking": True})]
+    assert events == ["event on cuda:1 after 1 copy"]
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [

@@ -1,0 +1,15 @@
+"""Run a script with faults injected: driver.py SCRIPT STATEMENTS [options]."""
+
+import importlib
+import sys
+from pathlib import Path
+
+path = Path(sys.argv[1])
+statements = sys.argv[2]
+sys.argv = [str(path), *sys.argv[3:]]
+sys.path.insert(0, str(path.parent))
+
+if __name__ == "__main__":
+    script = importlib.import_module(path.stem)
+    exec(statements, {"script": script})
+    sys.exit(script.main())

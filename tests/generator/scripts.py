@@ -1,0 +1,122 @@
+"""Helpers for tests that run generated scripts as scripts, on a little real data."""
+
+import csv
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from generator.cli import main
+from templates.builtin_data import stdlib_docstrings, write_digit_images
+
+DRIVER = Path(__file__).with_name("driver.py")
+STRICT = ("-W", "error::FutureWarning", "-W", "error::DeprecationWarning")
+
+
+# A model small enough for two cores; its shape is what a user edits first.
+SMALLER = {"width=128, depth=3": "width=32, depth=2", "width=48, depth=4": "width=16"}
+SMALLER["width=48, depth=4"] += ", depth=2"
+
+
+def write_script(
+    folder: Path,
+    *words: str,
+    name: str = "train.py",
+    edits: dict[str, str] | None = None,
+) -> Path:
+    """Generate a script, with a smaller model and further edits, old text to new."""
+    path = folder / name
+    assert main([*words, "-o", str(path), "--force"]) == 0
+    text = path.read_text()
+    for old, new in SMALLER.items():
+        text = text.replace(old, new)
+    for old, new in (edits or {}).items():
+        assert old in text, old
+        text = text.replace(old, new)
+    path.write_text(text)
+    return path
+
+
+@functools.cache
+def docstrings() -> list[tuple[str, str]]:
+    """Docstrings of three packages with their names."""
+    return list(zip(*stdlib_docstrings(("logging", "xml", "http")), strict=True))
+
+
+def write_text_data(folder: Path, rows: int = 120) -> Path:
+    """Docstrings as a CSV file, quotes and newlines in them."""
+    path = folder / "texts.csv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows(docstrings()[::3][:rows])
+    return path
+
+
+def write_image_data(folder: Path, images: int = 120) -> Path:
+    """The first handwritten digits as PNG, a folder a class."""
+    path = write_digit_images(folder / "digits")
+    for extra in sorted(path.glob("*/*.png"), key=lambda file: file.stem)[images:]:
+        extra.unlink()
+    return path
+
+
+def data_words(task: str, folder: Path) -> list[str]:
+    """The options that make a run short: little data, two epochs."""
+    write = {"text": write_text_data, "image": write_image_data}[task]
+    words = ["--data", str(write(folder)), "--epochs", "2", "--batch-size", "16"]
+    return [*words, "--log-every", "2", "--num-workers", "0"]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **extra}
+
+
+def run(script: Path, *words: str, expect: int = 0, inject: str = "", **extra: str):
+    """Run a script in its own folder and process; its output as text.
+
+    Args:
+        inject: statements to run before main(), `script` being the module.
+    """
+    command = [sys.executable, *STRICT, str(script)]
+    if inject:
+        command = [sys.executable, *STRICT, str(DRIVER), str(script), inject]
+    done = subprocess.run(
+        [*command, *words],
+        cwd=script.parent,
+        env=environment(**extra),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == expect, output
+    return output
+
+
+def newest_state(out_dir: Path) -> dict:
+    """The newest training state of a run, as saved."""
+    path = max((out_dir / "checkpoints").glob("step-*.pt"))
+    return torch.load(path, weights_only=True)
+
+
+def same(left, right) -> bool:
+    """Whether two nested states are equal to the bit."""
+    if isinstance(left, torch.Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(
+            same(left[k], right[k]) for k in left
+        )
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+def largest_difference(left: dict, right: dict) -> float:
+    """Over two dicts of tensors."""
+    assert left.keys() == right.keys()
+    return max((left[k].double() - right[k].double()).abs().max().item() for k in left)

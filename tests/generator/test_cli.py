@@ -1,0 +1,234 @@
+"""The command line: what it writes, what it says, how it refuses."""
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from generator.cli import main
+from generator.options import CONFLICTS, SECTIONS, TASKS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def sample_flags(section) -> list[str]:
+    """The flag with each of its values, bare where that is possible."""
+    number = "4" if section.bounds[1] > 4 else "0.5"
+    values = section.choices or ((number,) if section.number else ())
+    bare = [section.flag] if section.default is not None else []
+    return bare + [f"{section.flag}={value}" for value in values]
+
+
+def generate(*words: str) -> str:
+    assert main([*words, "-o", "out.py", "--force"]) == 0
+    return Path("out.py").read_text()
+
+
+def body(script: str) -> str:
+    """The script without its docstring, which names the command."""
+    return script.split('"""', 2)[2]
+
+
+def test_writes_train_py_and_says_what_to_run_next(capsys):
+    assert main(["--amp", "--checkpointing"]) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "wrote train.py" in err
+    assert "python train.py" in err
+    compile(Path("train.py").read_text(), "train.py", "exec")
+
+
+def test_json_says_the_same(capsys):
+    assert main(["--task", "image", "--json", "-o", "sub/my run.py"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    lines = Path("sub/my run.py").read_text().count("\n")
+    assert report["files"] == {"sub/my run.py": lines}
+    assert report["run"] == "cd sub && python 'my run.py'"
+    assert "scikit-learn" in report["packages"]
+    assert report["command"] == "generate-script --task image -o 'sub/my run.py'"
+
+
+def test_dash_writes_the_script_alone_to_standard_output(capsys):
+    assert main(["-o", "-"]) == 0
+    compile(capsys.readouterr().out, "-", "exec")
+    assert not list(Path().iterdir())
+
+
+def test_does_not_overwrite_without_force(capsys):
+    Path("train.py").write_text("mine")
+    assert main([]) == 3
+    assert "--force" in capsys.readouterr().err
+    assert Path("train.py").read_text() == "mine"
+    assert main(["--force"]) == 0
+    assert Path("train.py").read_text() != "mine"
+
+
+def test_split_writes_both_files_or_neither():
+    Path("train_tools.py").write_text("mine")
+    assert main(["--split"]) == 3
+    assert not Path("train.py").exists()
+    assert main(["--split", "--force"]) == 0
+    script = Path("train.py").read_text()
+    assert "from train_tools import" in script
+    assert "def parse_config" not in script
+    assert "def parse_config" in Path("train_tools.py").read_text()
+
+
+def test_all_that_is_wrong_is_said_at_once(capsys):
+    words = ["--ampp", "--checkpointing=ful", "--accumulate=x", "--scheduler"]
+    assert main([*words, "--task", "txt", "--split", "-o", "-"]) == 2
+    err = capsys.readouterr().err
+    for part in (
+        "did you mean --amp?",
+        "--checkpointing=ful: choose full or selective",
+        "--accumulate=x: give a whole number from 2 to 1024",
+        "--scheduler needs a value",
+        "--task txt: choose text or image",
+        "--split does not go with -o -",
+    ):
+        assert part in err
+    assert not list(Path().iterdir())
+
+
+def test_errors_as_json(capsys):
+    assert main(["--json", "--amp=1"]) == 2
+    assert "--amp" in json.loads(capsys.readouterr().out)["errors"][0]
+
+
+@pytest.mark.parametrize("conflict", CONFLICTS, ids=str)
+def test_conflicts_name_both_flags_and_the_fix(conflict, capsys):
+    words = []
+    for flag in (conflict.first, conflict.second):
+        section = next((s for s in SECTIONS.values() if s.flag == flag), None)
+        extra = {"--extract": ["set_seed"], "--task": ["text"], "-o": ["x.py"]}
+        words += [sample_flags(section)[0]] if section else flag.split()
+        words += extra.get(flag, [])
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert f"{conflict.first} does not go with {conflict.second}: {conflict.fix}" in err
+
+
+def test_list_shows_every_task_section_and_conflict(capsys):
+    assert main(["--list"]) == 0
+    text = capsys.readouterr().out
+    assert main(["--list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert listed["tasks"].keys() == TASKS.keys()
+    assert listed["sections"].keys() == {s.flag for s in SECTIONS.values()}
+    for name in [*TASKS, *(s.usage for s in SECTIONS.values())]:
+        assert name in text
+    assert all(c.first in text and c.second in text for c in CONFLICTS)
+
+
+def test_extract_gives_definitions_that_run(capsys):
+    assert main(["--extract", "EarlyStopping", "get_cosine_warmup_scheduler"]) == 0
+    text = capsys.readouterr().out
+    namespace = {}
+    exec(compile(text, "extracted", "exec"), namespace)
+    assert namespace["EarlyStopping"](patience=1)(0.5) is False
+    assert "class ModelEMA" not in text
+
+
+def test_extract_unknown_name(capsys):
+    assert main(["--extract", "EarlyStoping"]) == 2
+    assert "did you mean EarlyStopping?" in capsys.readouterr().err
+
+
+def test_header_holds_the_command_that_makes_it_again():
+    words = ["--task=image", "--amp", "--checkpointing=selective", "--clip=0.5"]
+    first = generate(*words)
+    lines = re.search(r"generate-script .*?(?=\n\"\"\")", first, re.S)[0]
+    again = lines.replace("\\\n", " ").split()[1:]
+    assert main([*again, "--force"]) == 0
+    assert Path("out.py").read_text() == first
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("section", SECTIONS.values(), ids=lambda s: s.name)
+def test_every_flag_and_value_changes_the_script(section, task):
+    # Every other section is on, so that a flag is not seen through a missing partner.
+    others = [sample_flags(s)[0] for s in SECTIONS.values() if s is not section]
+    alone = {body(generate("--task", task, f)) for f in sample_flags(section)}
+    among = {body(generate("--task", task, f, *others)) for f in sample_flags(section)}
+    # A bare flag is the same as one of its values where it has choices.
+    expected = len(section.choices) or len(sample_flags(section))
+    assert len(alone) == len(among) == expected
+    assert body(generate("--task", task)) not in alone
+    assert body(generate("--task", task, *others)) not in among
+
+
+def test_works_by_its_path_from_any_folder_and_as_a_module(tmp_path):
+    by_path = [sys.executable, str(ROOT / "generator"), "--amp", "-o", "-"]
+    first = subprocess.run(by_path, capture_output=True, text=True, check=True)
+    module = [sys.executable, "-m", "generator", "--amp", "-o", "-"]
+    second = subprocess.run(
+        module, capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert first.stdout == second.stdout
+    assert first.stdout.startswith('"""Train a text classifier')
+
+
+def test_without_jinja2_it_says_how_to_get_it():
+    code = (
+        "import sys; sys.modules['jinja2'] = None; sys.argv[1:] = ['--amp'];"
+        f"sys.path.insert(0, {str(ROOT)!r});"
+        "from generator.cli import main; sys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: jinja2 is missing: pip install jinja2\n",
+    )
+
+
+def test_imports_neither_torch_nor_anything_else_that_is_heavy():
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r});"
+        "from generator.cli import main; main(['--amp', '-o', '-']);"
+        "print(*{n.partition('.')[0] for n in sys.modules}, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    names = done.stderr.splitlines()[-1].split()
+    heavy = {
+        "torch",
+        "numpy",
+        "pandas",
+        "pyarrow",
+        "yaml",
+        "requests",
+        "ssl",
+        "asyncio",
+    }
+    assert "jinja2" in names
+    assert not heavy.intersection(names)
+
+
+def test_takes_less_than_three_times_the_import_of_jinja2():
+    def seconds(*words: str) -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL, check=True)
+        return time.perf_counter() - start
+
+    ours, theirs = [], []
+    for _ in range(5):  # interleaved: what else runs here slows both
+        theirs.append(seconds("-c", "import jinja2"))
+        ours.append(seconds(str(ROOT / "generator"), "--amp", "-o", "-"))
+    assert statistics.median(ours) < 3 * statistics.median(theirs)
+
+
+def test_unwritable_folder_is_a_clear_error(capsys):
+    Path("file").write_text("")
+    assert main(["-o", "file/train.py"]) == 2
+    assert "file/train.py cannot be written" in capsys.readouterr().err
+    assert os.listdir() == ["file"]

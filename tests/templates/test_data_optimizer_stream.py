@@ -1,0 +1,606 @@
+"""templates/data_optimizer.py: columnar streams, their one order, and resume."""
+
+import datetime
+import decimal
+import gzip
+import json
+import random
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from templates.data_optimizer import (
+    DataError,
+    StreamBatchLoader,
+    StreamingParquetDataset,
+    StreamingTextDataset,
+    _EpochPlan,
+    _list_data_files,
+)
+
+SHARDS = (700, 0, 1, 333, 64)  # uneven, empty and tiny
+ROWS = sum(SHARDS)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    start = 0
+    for i, rows in enumerate(SHARDS):
+        ids = np.arange(start, start + rows)
+        table = {"id": ids, "x": ids * 0.5, "text": [f"row {j}" for j in ids]}
+        pq.write_table(pa.table(table), folder / f"{i}.parquet", row_group_size=100)
+        start += rows
+    return folder
+
+
+def ids(batches):
+    return [batch["id"].tolist() for batch in batches]
+
+
+def flat(batches):
+    return [row for batch in batches for row in batch]
+
+
+def stream(shards, **options):
+    return StreamingParquetDataset(
+        shards, **{"shuffle": True, "window_rows": 256, **options}
+    )
+
+
+# --- the order, from row counts alone
+
+
+def plan_batches(plan, batch_size, rank=0, ranks=1, position=0, drop_last=False):
+    """Global row numbers of each batch of a rank."""
+    starts = np.cumsum(plan.block_rows) - plan.block_rows
+    batches, done = [], True
+    shares = plan.shares(position, batch_size, drop_last, rank, ranks)
+    for window, k, rows, counts, whole in shares:
+        parts = [
+            np.arange(starts[b] + low, starts[b] + high)
+            for b, low, high in zip(window.blocks, window.low, window.high, strict=True)
+        ]
+        rows = np.concatenate(parts)[rows]
+        assert sum(counts) == len(rows)
+        assert k == len(batches) - (not done)
+        for count in counts:
+            if done:
+                batches.append([])
+            batches[-1] += rows[:count].tolist()
+            rows, done = rows[count:], True
+        done = whole
+    assert done
+    return batches
+
+
+LAYOUTS = {
+    "even": [100] * 20,
+    "uneven": [1, 700, 0, 33, 5, 5, 900, 0, 2, 64],
+    "one block": [1000],
+    "tiny": [1] * 50,
+    "few rows": [3],
+    "nothing": [0, 0],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 300])
+def test_every_row_once_at_any_batch_and_window_size(layout, shuffle, batch_size):
+    rows = np.array(LAYOUTS[layout])
+    for window_rows in (1, 50, 128, 10000):
+        plan = _EpochPlan(rows, window_rows, 3, 1, shuffle)
+        batches = plan_batches(plan, batch_size)
+        assert len(batches) == -(-rows.sum() // batch_size)
+        assert all(len(batch) == batch_size for batch in batches[:-2])
+        order = flat(batches)
+        if shuffle:
+            assert sorted(order) == list(range(rows.sum()))
+        else:
+            assert order == list(range(rows.sum()))
+        dropped = flat(plan_batches(plan, batch_size, drop_last=True))
+        assert len(dropped) == rows.sum() // batch_size * batch_size
+        assert len(set(dropped)) == len(dropped)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8, 100, 1024])
+def test_ranks_share_the_same_global_batches(layout, ranks):
+    rows = np.array(LAYOUTS[layout])
+    plan = _EpochPlan(rows, 128, 0, 0, True)
+    whole = [sorted(batch) for batch in plan_batches(plan, 48)]
+    # Of 1024 ranks a sample, and the sum of all sizes below.
+    shares = [plan_batches(plan, 48, rank, ranks) for rank in range(ranks)]
+    for k, batch in enumerate(whole):
+        sizes = [len(share[k]) for share in shares]
+        assert max(sizes) - min(sizes) <= 1
+        assert sorted(flat(share[k] for share in shares)) == batch
+    assert all(len(share) == len(whole) for share in shares)
+
+
+@pytest.mark.parametrize("layout", ["even", "uneven", "one block", "tiny"])
+def test_resume_at_any_position_gives_the_rest(layout):
+    rows = np.array(LAYOUTS[layout])
+    plan = _EpochPlan(rows, 128, 0, 0, True)
+    whole = plan_batches(plan, 32)
+    position = 0
+    for k, batch in enumerate(whole):
+        fresh = _EpochPlan(rows, 128, 0, 0, True)
+        assert plan_batches(fresh, 32, position=position) == whole[k:]
+        position += len(batch)
+
+
+def test_order_depends_on_seed_and_epoch_and_draws_nothing():
+    rows = np.array(LAYOUTS["uneven"])
+    torch.manual_seed(0)
+    random.seed(0)
+    states = torch.get_rng_state(), random.getstate()
+    orders = {
+        (seed, epoch): str(plan_batches(_EpochPlan(rows, 128, seed, epoch, True), 8))
+        for seed in range(3)
+        for epoch in range(3)
+    }
+    assert len(set(orders.values())) == 9
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    again = _EpochPlan(rows, 128, 2, 1, True)
+    assert str(plan_batches(again, 8)) == orders[2, 1]
+
+
+def test_a_rank_reads_few_blocks_that_others_read():
+    rows = np.full(64, 1000)
+    plan = _EpochPlan(rows, 4000, 0, 0, True)
+    read = 0
+    for rank in range(4):
+        for window, _, mine, _, _ in plan.shares(0, 400, False, rank, 4):
+            edges = np.append(0, np.cumsum(window.high - window.low))
+            touched = np.searchsorted(edges, [mine.min(), mine.max()], "right")
+            read += touched[1] - touched[0] + 1
+    windows = 64 * 1000 // 4000
+    assert read < 2 * windows * 8  # all ranks reading everything would be 4
+
+
+def test_a_batch_mixes_all_blocks_of_its_group_like_a_full_shuffle():
+    """How evenly the blocks of a group come in its batches, against randperm."""
+    plan = _EpochPlan(np.full(64, 1000), 2048, 0, 0, True)
+    batches = np.array(plan_batches(plan, 250)) // 1000
+    distance = []
+    full = np.random.default_rng(0)
+    for group in batches.reshape(8, 32, 250):  # 8 groups of 8 blocks
+        blocks = np.unique(group)
+        assert len(blocks) == 8
+        counts = np.stack([(group == block).sum(1) for block in blocks])
+        ideal = full.permutation(np.repeat(np.arange(8), 1000)).reshape(32, 250)
+        wanted = np.stack([(ideal == block).sum(1) for block in range(8)])
+        distance.append((counts.std(), wanted.std()))
+    ours, ideal = np.mean(distance, 0)
+    assert ours < 1.15 * ideal
+
+
+# --- batches
+
+
+def test_batches_hold_tensors_and_text(shards):
+    loader = StreamBatchLoader(stream(shards), 64)
+    batches = list(loader)
+    assert len(loader) == len(batches) == -(-ROWS // 64)
+    assert sorted(flat(ids(batches))) == list(range(ROWS))
+    for batch in batches:
+        assert batch["id"].dtype == torch.int64
+        assert torch.equal(batch["x"], batch["id"] * 0.5)
+        assert batch["x"].dtype == torch.float64
+        assert batch["text"] == [f"row {i}" for i in batch["id"]]
+    arrow = next(iter(StreamBatchLoader(stream(shards), 64, strings="arrow")))
+    assert arrow["text"].to_pylist() == batches[0]["text"]
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_same_batches_for_any_number_of_workers_and_ranks(shards, world_size):
+    whole = list(StreamBatchLoader(stream(shards), 64))
+
+    def rank_batches(rank, workers):
+        data = stream(shards, rank=rank, world_size=world_size)
+        return list(StreamBatchLoader(data, 64, num_workers=workers))
+
+    none = [rank_batches(rank, 0) for rank in range(world_size)]
+    for k, batch in enumerate(whole):
+        joined = flat(ids([rank[k] for rank in none]))
+        assert sorted(joined) == sorted(batch["id"].tolist())
+    for workers in (1, 2, 3):
+        some = rank_batches(world_size - 1, workers)
+        assert ids(some) == ids(none[-1])  # bit for bit: the order inside too
+        assert [b["text"] for b in some] == [b["text"] for b in none[-1]]
+
+
+def test_workers_follow_the_epoch_and_resume(shards):
+    fresh = StreamBatchLoader(stream(shards), 64)
+    with_workers = StreamBatchLoader(stream(shards), 64, num_workers=2)
+    epochs = [ids(fresh), ids(fresh)]
+    assert [ids(with_workers), ids(with_workers)] == epochs
+    assert sorted(flat(epochs[0])) == sorted(flat(epochs[1]))
+    assert epochs[0] != epochs[1]
+    with_workers.set_epoch(1, start=5)
+    assert ids(with_workers) == epochs[1][5:]
+
+
+@pytest.mark.parametrize("used", [0, 1, 9, 17, 18])
+def test_resume_on_other_workers_and_ranks(shards, used):
+    whole = StreamBatchLoader(stream(shards), 64)
+    whole.set_epoch(3)
+    batches = [sorted(b) for b in ids(whole)]
+    assert len(batches) == 18
+    first = StreamBatchLoader(stream(shards), 64, num_workers=2)
+    first.set_epoch(3)
+    iterator = iter(first)
+    for _ in range(used):
+        next(iterator)
+    state = json.loads(json.dumps(first.state_dict()))
+    rest = []
+    for rank in range(2):
+        loader = StreamBatchLoader(stream(shards, rank=rank, world_size=2), 64)
+        loader.load_state_dict(state)
+        rest.append(ids(loader))
+        assert loader.state_dict() == {"epoch": 4, "position": 0}
+    joined = [sorted(a + b) for a, b in zip(*rest, strict=True)]
+    assert joined == batches[used:]
+
+
+def test_resume_with_another_batch_size_repeats_and_loses_nothing(shards):
+    first = StreamBatchLoader(stream(shards), 64)
+    iterator = iter(first)
+    seen = flat(ids([next(iterator) for _ in range(5)]))
+    second = StreamBatchLoader(stream(shards), 100)
+    second.load_state_dict(first.state_dict())
+    assert sorted(seen + flat(ids(second))) == list(range(ROWS))
+
+
+def test_drop_last_and_stack(shards):
+    loader = StreamBatchLoader(
+        stream(shards, columns=["x", "id"]), 64, drop_last=True, stack={"in": ["x"]}
+    )
+    batches = list(loader)
+    assert len(batches) == len(loader) == ROWS // 64
+    assert all(list(b) == ["id", "in"] and b["in"].shape == (64, 1) for b in batches)
+    assert torch.equal(batches[0]["in"][:, 0], batches[0]["id"] * 0.5)
+    with pytest.raises(DataError, match="several types"):
+        StreamBatchLoader(stream(shards), 64, stack={"in": ["x", "id"]})
+    with pytest.raises(DataError, match="'text'"):
+        StreamBatchLoader(stream(shards), 64, stack={"in": ["text"]})
+
+
+def test_more_ranks_than_rows_take_empty_steps(shards):
+    data = stream([shards / "2.parquet"], rank=0, world_size=2)
+    (batch,) = StreamBatchLoader(data, 8)
+    assert batch["x"].shape == (0,)
+    assert batch["x"].dtype == torch.float64
+    assert batch["text"] == []
+    (nothing,) = [stream([shards / "1.parquet"])]
+    assert list(StreamBatchLoader(nothing, 8)) == []
+
+
+def test_row_interface_yields_every_row_once_over_workers_and_ranks(shards):
+    expected = [{"id": i, "x": i * 0.5, "text": f"row {i}"} for i in range(ROWS)]
+    assert list(StreamingParquetDataset(shards)) == expected
+    seen = []
+    for rank in range(2):
+        data = stream(shards, rank=rank, world_size=2)
+        seen += list(DataLoader(data, batch_size=None, num_workers=2))
+    assert sorted(seen, key=lambda row: row["id"]) == expected
+    data = stream(shards)
+    loader = DataLoader(data, batch_size=None, num_workers=2, persistent_workers=True)
+    first = [row["id"] for row in loader]
+    data.set_epoch(1)
+    second = [row["id"] for row in loader]
+    assert first != second
+    assert sorted(first) == sorted(second)
+
+
+# --- types
+
+
+def test_column_types(tmp_path):
+    day, moment = datetime.date(1970, 1, 3), datetime.datetime(1970, 1, 1, 0, 0, 2)
+    columns = {
+        "bool": pa.array([True, False, True]),
+        "half": pa.array(np.array([1, 2, 3], np.float16)),
+        "u16": pa.array([1, 2, 65535], pa.uint16()),
+        "u64": pa.array([1, 2, 3], pa.uint64()),
+        "null": pa.array([1.5, None, 3.5], pa.float32()),
+        "day": pa.array([day] * 3),
+        "moment": pa.array([moment] * 3, pa.timestamp("ms")),
+        "money": pa.array([decimal.Decimal("1.25")] * 3),
+        "kind": pa.array(["a", "b", None]).dictionary_encode(),
+        "vector": pa.array([[1, 2], [3, 4], [5, 6]], pa.list_(pa.float32(), 2)),
+        "ragged": pa.array([[1], [], [2, 3]]),
+        "bytes": pa.array([b"x", b"", None]),
+    }
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table(columns), path)
+    data = StreamingParquetDataset(path)
+    (batch,) = StreamBatchLoader(data, 3)
+    assert batch["bool"].tolist() == [True, False, True]
+    assert batch["bool"].dtype == torch.bool
+    assert batch["half"].dtype == torch.float16
+    assert batch["u16"].tolist() == [1, 2, 65535]
+    assert batch["u64"].tolist() == [1, 2, 3]
+    assert batch["null"].isnan().tolist() == [False, True, False]
+    assert batch["day"].tolist() == [2, 2, 2]
+    assert batch["moment"].tolist() == [2000] * 3
+    assert batch["money"].tolist() == [1.25] * 3
+    assert batch["kind"] == ["a", "b", None]
+    assert batch["vector"].tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert batch["ragged"] == [[1], [], [2, 3]]
+    assert batch["bytes"] == [b"x", b"", None]
+    row = next(iter(data))
+    assert (row["day"], row["moment"], row["money"]) == (
+        day,
+        moment,
+        decimal.Decimal("1.25"),
+    )
+
+
+def write(path, **columns):
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_nulls_and_lists_are_handled_or_refused_by_column(tmp_path):
+    path = write(
+        tmp_path / "t.parquet",
+        label=pa.array([1, None, 3]),
+        vector=pa.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]),
+        pair=pa.array([{"a": 1}] * 3),
+    )
+    with pytest.raises(DataError, match="'label'.*fill_null"):
+        list(StreamBatchLoader(StreamingParquetDataset(path, ["label"]), 2))
+    filled = StreamingParquetDataset(path, ["label"], fill_null={"label": -1})
+    assert next(iter(StreamBatchLoader(filled, 3)))["label"].tolist() == [1, -1, 3]
+    fixed = StreamingParquetDataset(
+        path, ["vector"], column_types={"vector": pa.list_(pa.float32(), 2)}
+    )
+    (batch,) = StreamBatchLoader(fixed, 3)
+    assert batch["vector"].shape == (3, 2)
+    assert batch["vector"].dtype == torch.float32
+    with pytest.raises(DataError, match="'pair'.*columns="):
+        StreamBatchLoader(StreamingParquetDataset(path), 2)
+    assert next(iter(StreamingParquetDataset(path)))["pair"] == {"a": 1}
+    ragged = write(tmp_path / "r.parquet", vector=pa.array([[1.0], [3.0, 4.0]]))
+    wrong = StreamingParquetDataset(
+        ragged, column_types={"vector": pa.list_(pa.float32(), 2)}
+    )
+    with pytest.raises(DataError, match=r"'vector' of .*r\.parquet"):
+        list(StreamBatchLoader(wrong, 2))
+
+
+# --- files
+
+
+def test_folders_globs_lists_and_hive_partitions(tmp_path):
+    for year in (2023, 2024):
+        for place in ("a", "b c"):
+            folder = tmp_path / f"year={year}" / f"place={place.replace(' ', '%20')}"
+            folder.mkdir(parents=True)
+            write(folder / "part.parquet", id=[year])
+    (tmp_path / "_SUCCESS").write_text("")
+    (tmp_path / "year=2023" / "notes.txt").write_text("no data")
+    rows = list(StreamingParquetDataset(tmp_path))
+    assert len(rows) == 4
+    assert {(r["id"], r["year"], r["place"]) for r in rows} == {
+        (2023, 2023, "a"),
+        (2023, 2023, "b c"),
+        (2024, 2024, "a"),
+        (2024, 2024, "b c"),
+    }
+    data = StreamingParquetDataset(tmp_path, ["place", "year"])
+    (batch,) = StreamBatchLoader(data, 4)
+    assert batch["year"].tolist() == [2023, 2023, 2024, 2024]
+    assert batch["place"] == ["a", "b c", "a", "b c"]
+    only = StreamingParquetDataset(tmp_path, filters=[("year", "==", 2024)])
+    assert [r["year"] for r in only] == [2024, 2024]
+    some = StreamingParquetDataset(f"{tmp_path}/year=2023/*/*.parquet")
+    assert len(list(some)) == 2
+    assert len(list(StreamingParquetDataset(f"{tmp_path}/**/part.*"))) == 4
+    with pytest.raises(DataError, match="no files"):
+        StreamingParquetDataset(f"{tmp_path}/*.parquet")
+    files = sorted(tmp_path.rglob("*.parquet"))
+    assert len(list(StreamingParquetDataset(files[:3]))) == 3
+    assert len(list(StreamingParquetDataset(f"file://{tmp_path}"))) == 4
+
+
+def test_fsspec_filesystems(shards):
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/bucket/a.parquet", (shards / "0.parquet").read_bytes())
+    assert len(list(StreamingParquetDataset("memory://bucket"))) == SHARDS[0]
+    given = StreamingParquetDataset("/bucket/a.parquet", filesystem=memory)
+    assert len(list(given)) == SHARDS[0]
+
+
+def test_filters_prune_row_groups_and_keep_the_guarantees(shards, monkeypatch):
+    data = stream(shards, filters=[("id", ">=", 650), ("id", "<", 720)])
+    assert data.rows == 70
+    # Row groups of 100: 650 to 720 lies in 600-700, 700 and 701-801 of the shards.
+    assert (data.source.block_rows > 0).sum() == 3
+    loader = StreamBatchLoader(stream(shards, filters=pa.compute.field("x") < 5), 4)
+    batches = ids(loader)
+    assert sorted(flat(batches)) == list(range(10))
+    assert len(loader) == len(batches)
+    columns = stream(shards, columns=["text"], filters=[("id", "<", 3)])
+    assert sorted(r["text"] for r in columns) == ["row 0", "row 1", "row 2"]
+
+
+# --- CSV and JSONL
+
+TEXTS = [
+    *(f"line {i}" for i in range(300)),
+    "two\nlines",
+    'a "quoted" word',
+    "comma, and\r\nCRLF",
+    "",
+    "NA",
+    "123",
+    "한국어",
+]
+
+
+@pytest.fixture(params=["csv", "csv.gz", "csv.zst", "jsonl", "jsonl.gz", "tsv"])
+def text_file(request, tmp_path):
+    path = tmp_path / f"t.{request.param}"
+    frame = pd.DataFrame({"n": range(len(TEXTS)), "text": TEXTS, "y": 0.5})
+    if "jsonl" in request.param:
+        data = frame.to_json(orient="records", lines=True, force_ascii=False)
+    else:
+        tabs = "\t" if "tsv" in request.param else ","
+        data = frame.to_csv(index=False, sep=tabs, lineterminator="\n")
+    raw = data.encode()
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+    with pa.output_stream(str(path), compression=codec) as file:
+        file.write(raw)
+    return path
+
+
+def test_text_formats(text_file, monkeypatch):
+    data = StreamingTextDataset(text_file)
+    assert list(data) == TEXTS
+    # Blocks of 200 bytes cut through rows, quotes and letters of several bytes.
+    monkeypatch.setattr("templates.data_optimizer._LINE_BLOCK_BYTES", 200)
+    shuffled = StreamingTextDataset(
+        text_file, columns=["n"], shuffle=True, window_rows=50
+    )
+    if not text_file.suffix.endswith(("gz", "zst")):
+        assert len(shuffled.source.block_rows) > 10
+    loader = StreamBatchLoader(shuffled, 16)
+    whole = list(loader)
+    numbers = flat(batch["n"].tolist() for batch in whole)
+    assert numbers != sorted(numbers)
+    assert sorted(numbers) == list(range(len(TEXTS)))
+    assert flat(b["text"] for b in whole) == [TEXTS[n] for n in numbers]
+    loader.set_epoch(0, start=7)
+    assert flat(b["text"] for b in loader) == flat(b["text"] for b in whole[7:])
+    workers = StreamBatchLoader(shuffled, 16, num_workers=2)
+    assert [b["text"] for b in workers] == [b["text"] for b in whole]
+
+
+def test_text_encodings_blank_lines_and_no_last_newline(tmp_path):
+    path = tmp_path / "t.csv"
+    for encoding in ("utf-8", "utf-8-sig", "latin-1", "utf-16", "cp949"):
+        word = "한국어" if encoding in ("cp949", "utf-16") else "Größe"
+        text = f'id,text\n1,{word}\n\n\r\n2,"a\n\nb"\n3,end'
+        path.write_bytes(text.encode(encoding))
+        name = encoding.removesuffix("-sig")
+        data = StreamingTextDataset(path, encoding=name, columns=["id"])
+        assert list(data) == [word, "a\n\nb", "end"], encoding
+        (batch,) = StreamBatchLoader(data, 3)
+        assert batch["id"].tolist() == [1, 2, 3]
+
+
+def test_text_types(tmp_path):
+    path = tmp_path / "t.csv"
+    rows = [f"{i},{i},t{i}" for i in range(2000)] + ["0.5,,t"]
+    path.write_text("\n".join(["price,count,text", *rows]))
+    options = {"columns": ["price", "count"], "fill_null": {"count": -1}}
+    import templates.data_optimizer as module
+
+    block = module._LINE_BLOCK_BYTES
+    module._LINE_BLOCK_BYTES = 4096
+    try:
+        data = StreamingTextDataset(path, **options)
+        with pytest.raises(DataError, match=r"t\.csv.*price|t\.csv.*CSV"):
+            list(StreamBatchLoader(data, 64))
+        data = StreamingTextDataset(path, column_types={"price": "float64"}, **options)
+        last = list(StreamBatchLoader(data, 2001))[-1]
+    finally:
+        module._LINE_BLOCK_BYTES = block
+    assert last["price"][-1] == 0.5
+    assert last["count"][-1] == -1
+
+
+# --- bad input
+
+
+def test_errors_are_one_line_with_file_and_remedy(tmp_path, shards):
+    good = shards / "0.parquet"
+    torn, text = tmp_path / "torn.parquet", tmp_path / "text.parquet"
+    torn.write_bytes(good.read_bytes()[:-100])
+    text.write_text("no parquet")
+    other = write(tmp_path / "other.parquet", id=["a"], x=[1.0], text=["b"])
+    empty = tmp_path / "folder"
+    empty.mkdir()
+    csv = tmp_path / "t.csv"
+    csv.write_text("id,text\n1,a\n2\n3,c\n")
+    fine, nothing = tmp_path / "fine.csv", tmp_path / "nothing.csv"
+    fine.write_text("id,text\n1,a\n")
+    nothing.write_text("")
+    jsonl = tmp_path / "t.jsonl"
+    jsonl.write_text('{"text": "a"}\n{"text": \n')
+    cases = [
+        (lambda: stream(tmp_path / "none.parquet"), r"none\.parquet does not exist"),
+        (lambda: stream(torn), r"torn\.parquet.*on_error"),
+        (lambda: stream(text), r"text\.parquet.*on_error"),
+        (lambda: stream([good, other]), r"'id' is int64.*string in .*other"),
+        (lambda: stream(good, columns=["y"]), r"no column 'y' in .*id, x, text"),
+        (lambda: stream(empty), "no files of type .parquet"),
+        (lambda: stream([]), "empty"),
+        (lambda: list(StreamingTextDataset(csv)), r"t\.csv.*Expected 2 columns"),
+        (lambda: StreamingTextDataset(nothing), r"nothing\.csv is empty"),
+        (lambda: list(StreamingTextDataset(jsonl)), r"t\.jsonl"),
+        (lambda: StreamingTextDataset(fine, "body"), "no column 'body' in .*id, text"),
+    ]
+    for make, message in cases:
+        with pytest.raises(DataError, match=message) as caught:
+            make()
+        assert "\n" not in str(caught.value).strip()
+    with pytest.raises(ValueError, match="on_error"):
+        stream(good, on_error="ignore")
+
+
+def corrupt(source, target):
+    """Flip bytes in the middle of the data: the footer stays whole."""
+    raw = bytearray(source.read_bytes())
+    middle = len(raw) // 3
+    raw[middle : middle + 400] = bytes(b ^ 0x5A for b in raw[middle : middle + 400])
+    target.write_bytes(raw)
+    return target
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_corrupt_blocks_are_named_or_skipped(tmp_path, shards, workers):
+    broken = corrupt(shards / "0.parquet", tmp_path / "broken.parquet")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1")
+    good = shards / "3.parquet"
+    loader = StreamBatchLoader(stream([broken, good]), 64, num_workers=workers)
+    with pytest.raises(DataError, match=r"broken\.parquet, block \d"):
+        list(loader)
+    files = [broken, good, tmp_path / "torn.parquet"]
+    data = stream(files, on_error="skip")
+    loader = StreamBatchLoader(data, 64, num_workers=workers)
+    batches = list(loader)
+    assert len(batches) == len(loader)
+    seen = flat(ids(batches))
+    assert len(seen) == len(set(seen))
+    assert set(range(701, 701 + 333)) <= set(seen)
+    assert 333 < len(seen) < 333 + 700
+    assert "torn.parquet" in data.skipped[0]
+    assert len(data.skipped) > 1
+    assert all("broken.parquet" in line for line in data.skipped[1:])
+
+
+def test_list_data_files_passes_over_hidden_files(tmp_path):
+    for name in ("b.parquet", "a.parquet", ".hidden.parquet", "_tmp/c.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    _, files = _list_data_files(tmp_path, (".parquet",), None)
+    assert [f.rpartition("/")[2] for f in files] == ["a.parquet", "b.parquet"]
+
+
+def test_gzip_of_python_is_read_too(tmp_path):
+    path = tmp_path / "t.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.write('{"text": "a"}\n{"text": null}\n')
+    assert list(StreamingTextDataset(path)) == ["a", None]

@@ -1725,7 +1725,8 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
                 size = self.max_tokens // max(1, lengths[first])
                 made.append(rows[first : first + size])
                 first += size
-            if len(made) > 1:  # the last two share their rows evenly
+            if len(made) > 1 and len(made[-1]) < len(made[-2]):
+                # The last two share their rows evenly, so that no batch is tiny.
                 tail = made[-2] + made[-1]
                 made[-2:] = tail[: (len(tail) + 1) // 2], tail[(len(tail) + 1) // 2 :]
             batches += made

@@ -31,7 +31,9 @@ def read_columns(path: str, columns: Sequence[str]) -> dict[str, list[str]]:
         if module is csv:
             newlines = csv.ParseOptions(newlines_in_values=True)
             as_text = csv.ConvertOptions(
-                column_types=dict.fromkeys(columns, pyarrow.string())
+                column_types=dict.fromkeys(columns, pyarrow.string()),
+                null_values=[""],  # not "NA" or "null", which may be words
+                strings_can_be_null=True,
             )
             table = csv.read_csv(path, parse_options=newlines, convert_options=as_text)
         elif module is json:
@@ -117,7 +119,7 @@ def split_samples(
 def move_batches(
     loader: Iterable[Sequence[torch.Tensor]], device: torch.device
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The batches of a loader on a device; from pinned memory the copy does not wait."""
+    """The batches of a loader on a device; pinned memory is copied without waiting."""
     for batch in loader:
         yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)
 

@@ -700,7 +700,7 @@ class ModelEMA:
             compiled or checkpointed one will do; the average itself runs eagerly.
         decay: 0.999 averages over about the last 1000 steps.
         warmup: let the first updates move faster: decay is at most
-            (1 + updates) / (10 + updates), so .18, .25, .31 ... .99 after 890.
+            (1 + updates) / (10 + updates), so .1, .18, .25 ... .99 after 890.
 
     Attributes:
         ema_model: the average, in eval mode, without gradients.

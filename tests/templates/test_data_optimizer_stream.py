@@ -357,7 +357,7 @@ def test_nulls_and_lists_are_handled_or_refused_by_column(tmp_path):
         vector=pa.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]),
         pair=pa.array([{"a": 1}] * 3),
     )
-    with pytest.raises(DataError, match="'label'.*fill_null"):
+    with pytest.raises(DataError, match=r"'label'.*fill_null"):
         list(StreamBatchLoader(StreamingParquetDataset(path, ["label"]), 2))
     filled = StreamingParquetDataset(path, ["label"], fill_null={"label": -1})
     assert next(iter(StreamBatchLoader(filled, 3)))["label"].tolist() == [1, -1, 3]
@@ -367,7 +367,7 @@ def test_nulls_and_lists_are_handled_or_refused_by_column(tmp_path):
     (batch,) = StreamBatchLoader(fixed, 3)
     assert batch["vector"].shape == (3, 2)
     assert batch["vector"].dtype == torch.float32
-    with pytest.raises(DataError, match="'pair'.*columns="):
+    with pytest.raises(DataError, match=r"'pair'.*columns="):
         StreamBatchLoader(StreamingParquetDataset(path), 2)
     assert next(iter(StreamingParquetDataset(path)))["pair"] == {"a": 1}
     ragged = write(tmp_path / "r.parquet", vector=pa.array([[1.0], [3.0, 4.0]]))

@@ -1,0 +1,121 @@
+"""Bad input to a generated script: one clear line, exit code 2, nothing is lost."""
+
+import json
+
+import pytest
+
+from .scripts import data_words, run, write_image_data, write_script, write_text_data
+
+
+@pytest.fixture(scope="module")
+def text_script(tmp_path_factory):
+    return write_script(tmp_path_factory.mktemp("text"), "--resume", "--amp")
+
+
+def refusal(script, *words: str) -> str:
+    """The line with which a script refuses its input."""
+    output = run(script, *words, expect=2)
+    assert "Traceback" not in output
+    return output.strip().splitlines()[-1]
+
+
+CSV = "text,label\nfirst,a\nsecond,b\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--data", "none.csv"], ["none.csv", "no such file", "--data"]),
+        (["--data", "a.xlsx"], ["a.xlsx", ".csv", ".parquet"]),
+        (
+            ["--data", "a.csv", "--text-column", "body"],
+            ["a.csv", "body", "text, label"],
+        ),
+        (["--data", "a.csv"], ["samples", "val_fraction"]),
+        (["--data", "holes.csv"], ["holes.csv", "label", "1 row"]),
+        (["--data", "one.csv"], ["two classes", "a"]),
+        (["--data", "cut.parquet"], ["cut.parquet", "cannot be read"]),
+        (["--batchsize", "4"], ["--batchsize", "did you mean --batch-size?"]),
+        (["--batch-size", "0"], ["batch_size", "0", "at least 1"]),
+        (["--learning-rate", "fast"], ["learning_rate", "fast", "number"]),
+        (["--dtype", "fp8"], ["dtype", "fp8", "fp32, fp16, bf16"]),
+        (["--val-fraction", "1.5"], ["val_fraction", "1.5", "at most 1"]),
+        (["--config", "none.yaml"], ["none.yaml", "--config"]),
+        (["--config", "bad.yaml"], ["bad.yaml", "batchsize", "batch_size", "epochs"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_text(words, parts, text_script):
+    folder = text_script.parent
+    (folder / "a.csv").write_text(CSV)
+    (folder / "a.xlsx").write_text("")
+    (folder / "holes.csv").write_text(CSV + "third,\n" * 1)
+    (folder / "one.csv").write_text("text,label\n" + "words,a\n" * 40)
+    (folder / "cut.parquet").write_bytes(b"PAR1 and no more")
+    (folder / "bad.yaml").write_text("batchsize: 4\nepochs: many\n")
+    line = refusal(text_script, *words, "--out-dir=unused")
+    assert line.startswith("error: ")
+    for part in parts:
+        assert part in line
+    assert not (folder / "unused/best.pt").exists()
+
+
+def test_config_file_and_command_line(text_script):
+    folder = text_script.parent
+    (folder / "run.yaml").write_text("learning_rate: 2e-3\nepochs: 1\nlog_every: 3\n")
+    words = data_words("text", folder)
+    run(text_script, *words, "--config=run.yaml", "--epochs=1", "--out-dir=config")
+    config = json.loads((folder / "config/config.json").read_text())
+    assert (config["learning_rate"], config["log_every"]) == (2e-3, 2)
+
+
+def test_an_unreadable_image_is_named_in_the_main_process_and_in_a_worker(tmp_path):
+    script = write_script(tmp_path, "--task=image", "--resume")
+    data = write_image_data(tmp_path)
+    bad = sorted(data.glob("*/*.png"))[5]
+    bad.write_bytes(bad.read_bytes()[:60])
+    for workers in ("0", "1"):
+        words = ["--data", str(data), "--num-workers", workers, "--save-every=1"]
+        line = refusal(script, *words, f"--out-dir=run{workers}")
+        assert line.startswith("error: ")
+        assert str(bad) in line
+        assert list((tmp_path / f"run{workers}/checkpoints").glob("step-*.pt"))
+
+
+@pytest.mark.parametrize("words", [["--data", "none"], ["--data", "empty"]])
+def test_no_images(words, tmp_path):
+    script = write_script(tmp_path, "--task=image")
+    (tmp_path / "empty").mkdir()
+    line = refusal(script, *words)
+    assert words[1] in line
+    assert "FOLDER/CLASS/IMAGE" in line
+
+
+def test_a_second_run_without_resume_overwrites_nothing(tmp_path):
+    script = write_script(tmp_path)
+    words = [*data_words("text", tmp_path), "--epochs=1"]
+    run(script, *words, "--out-dir=run")
+    first = (tmp_path / "run/best.pt").read_bytes()
+    assert "run-2" in run(script, *words, "--out-dir=run")
+    assert (tmp_path / "run/best.pt").read_bytes() == first
+    assert (tmp_path / "run-2/best.pt").exists()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_other_kinds_of_files_give_the_same_as_csv(kind, tmp_path):
+    import pandas
+
+    script = write_script(tmp_path)
+    csv = write_text_data(tmp_path)
+    table = pandas.read_csv(csv)
+    other = tmp_path / f"texts.{kind}"
+    if kind == "parquet":
+        table.to_parquet(other)
+    else:
+        table.to_json(other, orient="records", lines=True)
+    logs = []
+    for path in (csv, other):
+        words = ["--epochs=1", "--num-workers=0", f"--data={path}"]
+        run(script, *words, f"--out-dir={path.suffix}")
+        logs.append((tmp_path / path.suffix / "metrics.jsonl").read_text())
+    assert logs[0] == logs[1]

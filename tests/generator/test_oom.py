@@ -1,0 +1,105 @@
+"""Out of memory, injected: the micro-batch halves, the effective batch does not."""
+
+from pathlib import Path
+
+import pytest
+
+from generator.options import TASKS
+
+from .scripts import (
+    data_words,
+    largest_difference,
+    newest_state,
+    run,
+    same,
+    write_script,
+)
+from .test_scripts import EXACT
+
+FLAGS = ("--oom-recovery", "--resume", "--clip", "--scheduler=cosine", "--ema=0.9")
+
+# More than `room` samples at once do not fit, from the call number `first` on.
+SHORT_OF_MEMORY = """
+import torch
+real, calls = script.compute_loss, []
+def compute_loss(model, inputs, labels):
+    result = real(model, inputs, labels)
+    if model.training:
+        calls.append(len(labels))
+        if len(calls) > {first} and len(labels) > {room}:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    return result
+script.compute_loss = compute_loss
+"""
+
+
+def weights(out_dir: Path) -> dict:
+    return newest_state(out_dir)["parts"]["model"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_out_of_memory_at_some_step_ends_as_with_small_micro_batches(task, tmp_path):
+    script = write_script(tmp_path, "--task", task, *FLAGS, edits=EXACT[task])
+    words = data_words(task, tmp_path)
+    for number, first in enumerate((0, 3, 8)):
+        fault = SHORT_OF_MEMORY.format(first=first, room=4)
+        output = run(script, *words, f"--out-dir=oom{number}", inject=fault)
+        assert "out of memory" in output.lower()
+        assert (
+            newest_state(tmp_path / f"oom{number}")["parts"]["run"]["micro_batch"] == 4
+        )
+    folder = tmp_path / "small"
+    folder.mkdir()
+    small = write_script(
+        folder, "--task", task, *FLAGS, "--accumulate=4", edits=EXACT[task]
+    )
+    run(small, *words, "--out-dir=run")  # micro-batches of 16 / 4 from the start
+    for number in range(3):
+        difference = largest_difference(
+            weights(tmp_path / f"oom{number}"), weights(folder / "run")
+        )
+        # Double precision: a lost or a doubled sample would show at 1e-3.
+        assert difference < 1e-9
+
+
+def test_a_retry_repeats_dropout_to_the_bit(tmp_path):
+    """Short of memory from the first step: as if started with that micro-batch."""
+    script = write_script(tmp_path, *FLAGS, "--checkpointing", "--accumulate=2")
+    words = data_words("text", tmp_path)
+    fault = SHORT_OF_MEMORY.format(first=0, room=4)
+    run(script, *words, "--out-dir=oom", inject=fault)
+    run(script, *words, "--out-dir=small", "--accumulate=4")
+    assert same(weights(tmp_path / "oom"), weights(tmp_path / "small"))
+    log = (tmp_path / "oom/metrics.jsonl").read_text()
+    assert log == (tmp_path / "small/metrics.jsonl").read_text()
+
+
+def test_an_out_of_memory_midway_is_retried_with_the_same_dropout(tmp_path):
+    """Against a run whose micro-batch is set to 8 at the same step, without a fault."""
+    script = write_script(tmp_path, *FLAGS)
+    words = data_words("text", tmp_path)
+    fault = SHORT_OF_MEMORY.format(first=5, room=8)
+    run(script, *words, "--out-dir=oom", inject=fault)
+    planned = """
+real, calls = script.train_with_oom_recovery, []
+def halve_from_step_six(train_fn, size, **options):
+    calls.append(1)
+    return real(train_fn, 8 if len(calls) > 5 else size, **options)
+script.train_with_oom_recovery = halve_from_step_six
+"""
+    run(script, *words, "--out-dir=planned", inject=planned)
+    assert same(weights(tmp_path / "oom"), weights(tmp_path / "planned"))
+
+
+def test_other_errors_pass_and_hopeless_ones_say_what_was_tried(tmp_path):
+    script = write_script(tmp_path, "--oom-recovery")
+    words = data_words("text", tmp_path)
+    fault = SHORT_OF_MEMORY.format(first=0, room=0)
+    output = run(script, *words, "--out-dir=hopeless", expect=1, inject=fault)
+    assert "16, 8, 4, 2, 1" in output
+    other = SHORT_OF_MEMORY.format(first=0, room=0).replace(
+        'torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")',
+        'ValueError("mine")',
+    )
+    output = run(script, *words, "--out-dir=other", expect=1, inject=other)
+    assert "ValueError: mine" in output

@@ -34,7 +34,7 @@ TASKS = {
             example="--data reviews.csv --text-column review --label-column stars",
             legend="T tokens, D width, C classes",
             packages=("torch",),
-            epochs=6,
+            epochs=4,
             batch_size=32,
             learning_rate=1e-3,
         ),
@@ -155,7 +155,7 @@ SECTIONS = {
             "12",
             number=float,
             bounds=(0, 0.999999),
-            default=0.99,
+            default=0.999,
         ),
         Section(
             "early_stopping",

@@ -1,1 +1,1 @@
-"""Tested building blocks for PyTorch training and inference, each file copyable alone."""
+"""Tested building blocks for PyTorch training and inference, each copyable alone."""

@@ -17,7 +17,6 @@ import fnmatch
 import functools
 import importlib
 import itertools
-import math
 import os
 import random
 import re
@@ -550,7 +549,7 @@ class _EpochPlan:
         # skip up to there, so groups of huge blocks are bounded too.
         reach = window_rows
         if shuffle and self.total:
-            reach = max(reach, min(8 * int(rows.max()), 32 * window_rows))
+            reach = max(reach, min(8 * int(rows.mean()), 32 * window_rows))
         groups = max(1, -(-self.total // reach))
         _, first = np.unique(start * groups // max(1, self.total), return_index=True)
         self.blocks, self.first = blocks, np.append(first, len(blocks))
@@ -621,6 +620,25 @@ class _EpochPlan:
             ranked[len(row) * rank // ranks : len(row) * (rank + 1) // ranks]
         )
         return {b: row[mine][begin[mine] == b] for b in np.unique(begin).tolist()}
+
+    def spans(
+        self, position: int, batch_size: int, drop_last: bool, rank: int, ranks: int
+    ) -> Iterator[tuple[_StreamWindow, int, int]]:
+        """Yield (window, low, high): in which rows of it those of a rank lie."""
+        if ranks > 1:
+            for window, _, rows, _, _ in self.shares(
+                position, batch_size, drop_last, rank, ranks
+            ):
+                some = len(rows) > 0
+                yield window, *((rows.min(), rows.max() + 1) if some else (0, 0))
+            return
+        total = self.total
+        if drop_last:
+            total -= (total - position) % batch_size
+        while position < total:  # all of each window: nothing has to be ordered
+            window = self.window_at(position)
+            yield window, 0, window.rows
+            position = window.end
 
     def shares(
         self, position: int, batch_size: int, drop_last: bool, rank: int, ranks: int
@@ -791,13 +809,22 @@ class _RowLayout:
             )
         return array
 
-    def allocate(self, rows: int) -> list[Any]:
-        """Return the matrices of a chunk, to be filled part by part."""
-        np = _import_data_package("numpy", "numpy")
-        return [
-            np.empty((rows, size or len(columns)), dtype)
+    def row_bytes(self) -> int:
+        """Return the bytes of a row in the matrices."""
+        return sum(
+            dtype.itemsize * (size or len(columns))
             for _, columns, dtype, size in self.matrices
-        ]
+        )
+
+    def view(self, memory: torch.Tensor, rows: int) -> list[Any]:
+        """Lay out the matrices of so many rows in a piece of memory."""
+        chunk, begin, raw = [], 0, memory.numpy()
+        for _, columns, dtype, size in self.matrices:
+            width = size or len(columns)
+            end = begin + rows * width * dtype.itemsize
+            chunk.append(raw[begin:end].view(dtype).reshape(rows, width))
+            begin = end
+        return chunk
 
     def fill(self, chunk: list[Any], at: int, arrays: list[Any]) -> int:
         """Write decoded columns into a chunk from row `at` on; return the end."""
@@ -813,8 +840,8 @@ class _RowLayout:
                     matrix[at:end, place] = values
         return end
 
-    def gather(self, chunk: list[Any], rows: Any) -> list[Any]:
-        """Take rows of a chunk in the given order (tensors and Arrow arrays)."""
+    def gather(self, chunk: list[Any], low: int, rows: Any) -> list[Any]:
+        """Take rows in the given order (tensors, and Arrow arrays from `low` on)."""
         np = _import_data_package("numpy", "numpy")
         pa = _import_data_package("pyarrow", "pyarrow")
         taken: list[Any] = []
@@ -825,7 +852,7 @@ class _RowLayout:
                 np.take(values, rows, axis=0, out=out, mode="clip")
                 taken.append(torch.from_numpy(out))
             else:
-                taken.append(values.take(pa.array(rows)))
+                taken.append(values.take(pa.array(rows - low)))
         return taken
 
     def cut(self, chunk: list[Any], low: int, high: int) -> list[Any]:
@@ -855,47 +882,14 @@ class _RowLayout:
             batch[self.names[i]] = array if strings == "arrow" else array.to_pylist()
         return batch
 
-    def pack(self, chunk: list[Any]) -> tuple[list[Any], torch.Tensor]:
-        """Put a gathered chunk into one tensor, which is cheap to send."""
-        pa = _import_data_package("pyarrow", "pyarrow")
-        raw, heads = [], []
-        tensors = [c for c in chunk if isinstance(c, torch.Tensor)]
-        for values in tensors:
-            raw.append(values.contiguous().view(-1).view(torch.uint8))
-            heads.append((values.dtype, tuple(values.shape)))
-        if self.others:
-            arrays = chunk[len(tensors) :]
-            batch = pa.record_batch(arrays, schema=self.schema)
-            raw.append(torch.frombuffer(batch.serialize(), dtype=torch.uint8))
-        # Arrow and torch want numbers at addresses that are multiples of their size.
-        sizes = [-(-len(r) // 64) * 64 for r in raw]
-        packed = torch.empty(sum(sizes), dtype=torch.uint8)
-        at = 0
-        for values, size in zip(raw, sizes, strict=True):
-            packed[at : at + len(values)] = values
-            at += size
-        return heads, packed
-
-    def unpack(self, heads: list[Any], packed: torch.Tensor) -> list[Any]:
-        """Undo `pack` without copying."""
-        pa = _import_data_package("pyarrow", "pyarrow")
-        chunk: list[Any] = []
-        at = 0
-        for dtype, shape in heads:
-            nbytes = math.prod(shape) * dtype.itemsize
-            chunk.append(packed[at : at + nbytes].view(dtype).view(shape))
-            at += -(-nbytes // 64) * 64
-        if self.others:
-            buffer = pa.py_buffer(packed[at:].numpy())
-            chunk += pa.ipc.read_record_batch(buffer, self.schema).columns
-        return chunk
-
 
 class _WindowFeed(IterableDataset):
-    """What each worker does: read its blocks of every window and order their rows.
+    """Decodes windows into a ring of buffers that all workers share.
 
-    Workers own whole blocks of a window (no block is decoded twice), so each batch is
-    put together from a slice of every worker's chunk.
+    Workers own whole blocks of a window, so no block is decoded twice, and write them
+    to their place in the window's buffer: numbers are never sent or copied. The rows
+    are put in order where the batches are cut, which is why batches do not depend on
+    the number of workers.
     """
 
     def __init__(
@@ -904,99 +898,155 @@ class _WindowFeed(IterableDataset):
         layout: _RowLayout,
         batch_size: int,
         drop_last: bool,
+        workers: int = 0,
     ):
         self.stream, self.layout = stream, layout
         self.batch_size, self.drop_last = batch_size, drop_last
         # Epoch and position, in shared memory: workers live longer than an epoch.
         self.cursor = torch.zeros(2, dtype=torch.int64).share_memory_()
         self.told = len(stream.source.skipped)
+        # A window is in use while the next is decoded, and DataLoader lets workers
+        # run two windows ahead. Windows of many small blocks are larger than asked
+        # for; pages that are never used cost nothing.
+        self.rows = 2 * stream.window_rows + 1024
+        nbytes = self.rows * layout.row_bytes()
+        self.ring = [
+            torch.empty(0, dtype=torch.uint8).set_(
+                torch.UntypedStorage._new_shared(nbytes)  # as default_collate does
+                if workers
+                else torch.UntypedStorage(nbytes)
+            )
+            for _ in range(4 if workers else 2)
+        ]
+
+    def plan(self) -> tuple[_EpochPlan, tuple[int, int, bool, int, int]]:
+        """Return the plan of the epoch and what its methods have to be told."""
+        epoch, position = self.cursor.tolist()
+        stream = self.stream
+        share = (self.batch_size, self.drop_last, stream.rank, stream.world_size)
+        return stream.plan(epoch), (position, *share)
 
     def __iter__(self) -> Iterator[Any]:
+        """Yield what `windows` does, in a worker, without what lies in the ring."""
         worker = get_worker_info()
-        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        pa = _import_data_package("pyarrow", "pyarrow")
+        source, layout = self.stream.source, self.layout
         try:
-            for head, chunk in self.windows(number, count):
-                yield head, *(self.layout.pack(chunk) if worker else (None, chunk))
+            for low, high, gaps, chunk in self.windows(worker.id, worker.num_workers):
+                texts = None
+                if layout.others:
+                    arrays = chunk[len(layout.matrices) :]
+                    batch = pa.record_batch(arrays, schema=layout.schema)
+                    texts = torch.frombuffer(batch.serialize(), dtype=torch.uint8)
+                skipped, self.told = source.skipped[self.told :], len(source.skipped)
+                yield low, high, gaps, texts, skipped
         except DataError as error:
-            if not worker:
-                raise
             # A plain item: DataLoader would bury the message in a traceback.
-            yield str(error), None, None
+            yield str(error)
 
-    def windows(self, worker: int, workers: int) -> Iterator[tuple[Any, list[Any]]]:
-        """Yield ((group, first batch, rows per batch, complete, skipped), chunk)."""
-        stream = self.stream
-        epoch, position = self.cursor.tolist()
-        shares = stream.plan(epoch).shares(
-            position, self.batch_size, self.drop_last, stream.rank, stream.world_size
-        )
+    def receive(self, items: Iterator[Any], workers: int) -> Iterator[Any]:
+        """Put together what all workers tell of each window, as `windows` has it."""
+        pa = _import_data_package("pyarrow", "pyarrow")
+        schema = self.layout.schema
+        for number in itertools.count():
+            told = list(itertools.islice(items, workers))
+            if not told:
+                return
+            for item in told:
+                if isinstance(item, str):
+                    raise DataError(item)
+            told.sort(key=lambda item: item[:2])
+            gaps = [gap for _, _, lost, _, _ in told for gap in lost]
+            chunk = self.layout.view(self.ring[number % len(self.ring)], self.rows)
+            if self.layout.others:
+                buffers = [pa.py_buffer(item[3].numpy()) for item in told]
+                parts = [pa.ipc.read_record_batch(b, schema).columns for b in buffers]
+                chunk += [pa.concat_arrays(part) for part in zip(*parts, strict=True)]
+            for item in told:
+                self.stream.source.skipped += item[4]
+            low = min((low for low, high, *_ in told if low < high), default=0)
+            yield low, max(item[1] for item in told), gaps, chunk
+
+    def windows(
+        self, worker: int = 0, workers: int = 1
+    ) -> Iterator[tuple[int, int, Any, list[Any]]]:
+        """Yield (first row, last row, rows that were lost, chunk) of each window."""
+        plan, where = self.plan()
+        ring = [self.layout.view(memory, self.rows) for memory in self.ring]
+        spans = zip(itertools.cycle(ring), plan.spans(*where), strict=False)
         readers: dict[int, _BlockReader | None] = {}
         # While the caller orders and uses one window, the next is decoded: Arrow
         # releases the GIL. Workers have their own core for it.
         threads = 1 if workers > 1 else max(1, min(4, _usable_cpu_count() - 1))
         with ThreadPoolExecutor(threads) as pool:
-            start = functools.partial(self._start_window, pool, readers)
-            following = next(shares, None)
-            ahead = following and start(worker, workers, following)
+            start = functools.partial(
+                self._start_window, pool, readers, worker, workers, spans
+            )
+            ahead = start()
             while ahead:
-                following = next(shares, None)
-                head, rows, chunk = self._finish_window(readers, *ahead)
-                ahead = following and start(worker, workers, following)
-                yield (*head, self._tell_skipped()), self.layout.gather(chunk, rows)
-
-    def _tell_skipped(self) -> list[str]:
-        """Return what a worker skipped since it last told; there is no need to else."""
-        if get_worker_info() is None:
-            return []
-        skipped = self.stream.source.skipped
-        fresh, self.told = skipped[self.told :], len(skipped)
-        return fresh
+                low, high, chunk, parts = ahead
+                done = [part.result() for part in parts]
+                ahead = start()
+                yield low, high, *self._finish_chunk(chunk, done)
 
     def _start_window(
-        self, pool: Any, readers: dict[int, Any], worker: int, workers: int, share: Any
-    ) -> tuple[Any, ...]:
-        """Begin to decode a worker's blocks of a window."""
+        self,
+        pool: Any,
+        readers: dict[int, Any],
+        worker: int,
+        workers: int,
+        spans: Iterator[Any],
+    ) -> Any:
+        """Begin to decode a worker's blocks of the next window; None at the end."""
         np = _import_data_package("numpy", "numpy")
-        window, _, rows, _, _ = share
+        chunk, span = next(spans, (None, None))
+        if span is None:
+            return None
+        window, low, high = span
+        if window.rows > self.rows:
+            raise DataError(
+                f"{len(window.blocks)} row groups or files of few rows come together "
+                f"with large ones: pass window_rows={2 * self.stream.window_rows}"
+            )
         edges = np.append(0, np.cumsum(window.high - window.low))
-        first, last = 0, len(window.blocks)
-        keep = None
-        if workers > 1:
-            size = self.stream.source.block_rows[window.blocks]
-            middle = (np.cumsum(size) - size / 2) / size.sum()
-            turn = (worker - window.group) % workers
-            first, last = np.searchsorted(middle * workers, [turn, turn + 1])
-            keep = (rows >= edges[first]) & (rows < edges[last])
-            rows = rows[keep]
-        if len(rows):  # A rank reads no block that holds none of its rows.
-            ends = [rows.min(), rows.max()]
-            first, last = np.searchsorted(edges, ends, "right") - [1, 0]
-        else:
+        # A rank reads no block that holds none of its rows.
+        first, last = np.searchsorted(edges, [low, high - 1], "right") - [1, 0]
+        if high <= low:
             first = last = 0
-        chunk = self.layout.allocate(int(edges[last] - edges[first]))
+        elif workers > 1:
+            size = self.stream.source.block_rows[window.blocks[first:last]]
+            middle = (np.cumsum(size) - size / 2) / size.sum()
+            # Workers take turns in owning the first blocks of a group.
+            turn = (worker - window.group) % workers
+            mine = np.searchsorted(middle * workers, [turn, turn + 1])
+            first, last = first + mine[0], first + mine[1]
         for block in [b for b in readers if b not in window.blocks]:
             del readers[block]
         parts = []
         for i in range(first, last):
             part = int(window.blocks[i]), int(window.low[i]), int(window.high[i])
-            at = int(edges[i] - edges[first])
-            parts.append(pool.submit(self._read_part, readers, chunk, at, *part))
-        return share, keep, rows - edges[first], chunk, parts
+            job = functools.partial(self._read_part, readers, chunk, int(edges[i]))
+            parts.append(pool.submit(job, *part))
+        return int(edges[first]), int(edges[last]), list(chunk), parts
 
     def _read_part(
         self,
         readers: dict[int, Any],
         chunk: list[Any],
-        at: int,
+        row: int,
         block: int,
         low: int,
         high: int,
-    ) -> Any:
-        """Decode rows of a block into a chunk; return its other columns' arrays."""
+    ) -> tuple[list[list[Any]], Any]:
+        """Decode a block's rows low to high, which lie at `row` of the window.
+
+        Returns:
+            (the arrays of the columns that are in no matrix, rows that were lost).
+        """
         pa = _import_data_package("pyarrow", "pyarrow")
         source, layout = self.stream.source, self.layout
-        begin = at
         others: list[list[Any]] = [[] for _ in layout.others]
+        at = row
         try:
             if block not in readers:
                 ahead = max(1024, min(high - low, 1 << 16))
@@ -1015,37 +1065,28 @@ class _WindowFeed(IterableDataset):
                 source.skipped.append(str(error))
             readers[block] = None
             lost = [[pa.nulls(high - low, kind)] for kind in layout.schema.types]
-            return lost, (begin, begin + high - low)
+            return lost, (row, row + high - low)
         return others, None
 
-    def _finish_window(
-        self,
-        readers: dict[int, Any],
-        share: Any,
-        keep: Any,
-        rows: Any,
-        chunk: list[Any],
-        parts: list[Any],
-    ) -> tuple[Any, Any, list[Any]]:
-        """Wait for what `_start_window` began; return (head, rows, chunk)."""
-        np = _import_data_package("numpy", "numpy")
+    def _finish_chunk(self, chunk: list[Any], done: list[Any]) -> tuple[Any, list[Any]]:
+        """Return the rows of a chunk that were lost, and the whole chunk."""
         pa = _import_data_package("pyarrow", "pyarrow")
-        window, first_k, _, counts, whole = share
-        done = [part.result() for part in parts]
-        lost = [gap for _, gap in done if gap]
-        if keep is None and lost:
-            keep = np.ones(len(rows), dtype=bool)
-        if keep is not None:
-            for low, high in lost:
-                gap = (rows >= low) & (rows < high)
-                keep[np.flatnonzero(keep)[gap]] = False
-                rows = rows[~gap]
-            ends = np.append(0, np.cumsum(keep))
-            counts = np.diff(ends[np.append(0, np.cumsum(counts))]).tolist()
         for i, kind in enumerate(self.layout.schema.types):
             arrays = [array for others, _ in done for array in others[i]]
             chunk.append(pa.concat_arrays(arrays) if arrays else pa.array([], kind))
-        return (window.group, first_k, counts, whole), rows, chunk
+        return [gap for _, gap in done if gap], chunk
+
+
+def _drop_lost_rows(
+    rows: Any, counts: list[int], gaps: list[tuple[int, int]]
+) -> tuple[Any, list[int]]:
+    """Leave out rows of a window that could not be read, and count again."""
+    np = _import_data_package("numpy", "numpy")
+    keep = np.ones(len(rows), dtype=bool)
+    for low, high in gaps:
+        keep &= (rows < low) | (rows >= high)
+    ends = np.append(0, np.cumsum(keep))
+    return rows[keep], np.diff(ends[np.append(0, np.cumsum(counts))]).tolist()
 
 
 def _cut_lines(
@@ -1231,7 +1272,12 @@ class _ColumnStream(IterableDataset):
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
-        for _, columns in self._row_feed.windows(number, count):
+        plan, where = self._row_feed.plan()
+        chunks = self._row_feed.windows(number, count)
+        for _, _, rows, counts, _ in plan.shares(*where):
+            low, high, gaps, chunk = next(chunks)
+            rows, _ = _drop_lost_rows(rows, counts, [*gaps, (-1, low), (high, 1 << 62)])
+            columns = self._row_feed.layout.gather(chunk, low, rows)
             yield from self._iterate_rows([_list_values(c) for c in columns])
 
     def _iterate_rows(self, columns: list[list[Any]]) -> Iterator[Any]:
@@ -1411,7 +1457,7 @@ class StreamBatchLoader:
         self.strings, self.num_workers = strings, num_workers
         self.pin = device is not None and device.type == "cuda"
         self.layout = _RowLayout(stream.source, stream.fill_null, stack=stack)
-        self.feed = _WindowFeed(stream, self.layout, batch_size, drop_last)
+        self.feed = _WindowFeed(stream, self.layout, batch_size, drop_last, num_workers)
         self.epoch = self.position = self._start = 0
         self._workers: DataLoader | None = None
         if num_workers:
@@ -1421,6 +1467,7 @@ class StreamBatchLoader:
                 num_workers=num_workers,
                 collate_fn=_same_item,
                 persistent_workers=True,
+                prefetch_factor=2,
                 generator=torch.Generator(),
             )
 
@@ -1453,36 +1500,25 @@ class StreamBatchLoader:
         base, self._start = self._start, 0
         self.position = base
         self.feed.cursor[0], self.feed.cursor[1] = self.epoch, base
-        items = iter(self.feed if self._workers is None else self._workers)
+        plan, where = self.feed.plan()
+        if self._workers is None:
+            decoded = self.feed.windows()
+        else:
+            decoded = self.feed.receive(iter(self._workers), self.num_workers)
         pending: list[list[Any]] = []
-        count = max(1, self.num_workers)
-        while parts := list(itertools.islice(items, count)):
-            heads, chunks = [], []
-            for head, packing, chunk in parts:
-                if isinstance(head, str):
-                    raise DataError(head)
-                if packing is not None:
-                    chunk = self.layout.unpack(packing, chunk)
-                    self.stream.source.skipped += head[-1]
-                heads.append(head)
-                chunks.append(chunk)
-            group, k, batches, whole, _ = heads[0]
-            at = [0] * count
-            for b in range(len(batches)):
-                for w in range(count):
-                    # Workers take turns in owning the first blocks of a group.
-                    owner = (w + group) % count
-                    rows = heads[owner][2][b]
-                    if rows:
-                        cut = self.layout.cut(
-                            chunks[owner], at[owner], at[owner] + rows
-                        )
-                        pending.append(cut)
-                        at[owner] += rows
-                if b == len(batches) - 1 and not whole:
+        for _, k, rows, counts, whole in plan.shares(*where):
+            low, _, gaps, chunk = next(decoded)
+            if gaps:
+                rows, counts = _drop_lost_rows(rows, counts, gaps)
+            chunk = self.layout.gather(chunk, low, rows)
+            at = 0
+            for b, count in enumerate(counts):
+                if count or not pending:
+                    pending.append(self.layout.cut(chunk, at, at + count))
+                    at += count
+                if b == len(counts) - 1 and not whole:
                     break
                 self.position = self._bound(k + b + 1, base)
-                pending = pending or [self.layout.cut(chunks[0], 0, 0)]
                 yield self.layout.batch(pending, self.strings, self.pin)
                 pending = []
         self.epoch, self.position = self.epoch + 1, 0

@@ -258,10 +258,7 @@ def describe_device(device: torch.device) -> str:
     if device.type == "mps":
         memory_gb = torch.mps.recommended_max_memory() / 1e9
         return f"{device}: Apple GPU, {memory_gb:.1f} GB for tensors"
-    return (
-        f"{device}: {_cpu_name()}, {torch.get_num_threads()} thread(s) on "
-        f"{available_cpu_count()} usable CPU(s)"
-    )
+    return f"{device}: {_cpu_name()}, {torch.get_num_threads()} thread(s)"
 
 
 class DeviceManager:

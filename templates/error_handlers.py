@@ -325,8 +325,13 @@ def _explain_by_cases(text: str, cases: tuple[tuple[str, str, str], ...]) -> str
     return None
 
 
-def _explain_cuda_error(error: BaseException) -> str | None:
-    """Explain a GPU error, None if it is not one that is known here."""
+def handle_cuda_error(error: BaseException) -> str:
+    """Explain a GPU error: what happened, its likely cause, the remedy.
+
+    Tells apart out of memory, device-side asserts, illegal accesses, missing
+    architectures, drivers, cuDNN, cuBLAS, NCCL and wrong devices. Other errors come
+    back as "not recognised" with the original text.
+    """
     text = f"{type(error).__name__}: {str(error).strip()}"
     if is_out_of_memory(error):
         return (
@@ -338,17 +343,7 @@ def _explain_cuda_error(error: BaseException) -> str | None:
             "GPU; where much is reserved but unallocated set "
             "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True."
         )
-    return _explain_by_cases(text, CUDA_ERROR_CASES)
-
-
-def handle_cuda_error(error: BaseException) -> str:
-    """Explain a GPU error: what happened, its likely cause, the remedy.
-
-    Tells apart out of memory, device-side asserts, illegal accesses, missing
-    architectures, drivers, cuDNN, cuBLAS, NCCL and wrong devices. Other errors come
-    back as "not recognised" with the original text.
-    """
-    return _explain_cuda_error(error) or (
+    return _explain_by_cases(text, CUDA_ERROR_CASES) or (
         f"Not recognised as a GPU error: {type(error).__name__}: {error}"
     )
 
@@ -396,7 +391,7 @@ class SafeTrainingContext:
     Inside `with SafeTrainingContext(device) as ctx:` the first signal only sets
     `ctx.should_stop`, for the loop to see after a step; a second Ctrl-C raises
     KeyboardInterrupt at once. Leaving restores the handlers and frees memory. An
-    exception always passes through unchanged; a known GPU error is explained first.
+    exception always passes through unchanged.
 
     Outside the main thread there are no signals to see. A signal that the process
     ignores (`nohup`, a shell's background job) stays ignored.
@@ -452,18 +447,8 @@ class SafeTrainingContext:
         for number, previous in self._previous.items():
             signal.signal(number, previous)
         self._previous.clear()
-        try:
+        if exc is None:
             clear_memory()  # waits for the GPU, so that a late error surfaces here
-        except RuntimeError as late_error:
-            if exc is None:
-                self._explain(late_error)
-                raise
-            # A dead GPU fails here once more: the user's exception says more.
-        if exc is not None:
-            self._explain(exc)
-
-    def _explain(self, error: BaseException) -> None:
-        explanation = _explain_cuda_error(error)
-        if explanation is not None:
-            with contextlib.suppress(Exception):  # report must not hide the error
-                self.report(explanation)
+        else:
+            with contextlib.suppress(RuntimeError):  # a dead GPU fails once more:
+                clear_memory()  # the user's exception says more

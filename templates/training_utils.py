@@ -19,6 +19,7 @@ import functools
 import math
 import os
 import random
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -177,19 +178,12 @@ class EarlyStopping:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what changes during training, as plain Python values."""
-        return {
-            "best_score": self.best_score,
-            "counter": self.counter,
-            "improved": self.improved,
-            "should_stop": self.should_stop,
-        }
+        names = ("best_score", "counter", "improved", "should_stop")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
-        self.best_score = state["best_score"]
-        self.counter = state["counter"]
-        self.improved = state["improved"]
-        self.should_stop = state["should_stop"]
+        vars(self).update(state)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -608,6 +602,14 @@ def _remember_forward_state(model: nn.Module) -> Callable[[], None]:
     return restore
 
 
+@contextlib.contextmanager
+def _compiler_warnings_ignored() -> Iterator[None]:
+    """Ignore what torch warns of in itself when it imports its compiler."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+        yield
+
+
 def compile_model_if_available(
     model: nn.Module,
     mode: str = "reduce-overhead",
@@ -638,7 +640,8 @@ def compile_model_if_available(
     # Its own code object, else all compiled models share one recompile limit.
     forward.__code__ = forward.__code__.replace()
     try:
-        compiled = torch.compile(forward, mode=mode, dynamic=dynamic)
+        with _compiler_warnings_ignored():
+            compiled = torch.compile(forward, mode=mode, dynamic=dynamic)
     except RuntimeError as error:
         if "not supported" not in str(error):  # an unknown mode, for one
             raise
@@ -648,9 +651,13 @@ def compile_model_if_available(
 
     def call(*args, **kwargs):
         nonlocal succeeded
-        restore = None if succeeded else _remember_forward_state(model)
+        restore, context = None, contextlib.nullcontext()
+        if not succeeded:
+            restore = _remember_forward_state(model)
+            context = _compiler_warnings_ignored()
         try:
-            result = compiled(*args, **kwargs)
+            with context:
+                result = compiled(*args, **kwargs)
             succeeded = True
             return result
         except Exception as error:

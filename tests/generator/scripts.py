@@ -17,7 +17,7 @@ STRICT = ("-W", "error::FutureWarning", "-W", "error::DeprecationWarning")
 
 
 # A model small enough for two cores; its shape is what a user edits first.
-SMALLER = {"width=128, depth=3": "width=32, depth=2", "width=48, depth=4": "width=16"}
+SMALLER = {"width=128, depth=2": "width=32, depth=2", "width=48, depth=4": "width=16"}
 SMALLER["width=48, depth=4"] += ", depth=2"
 
 

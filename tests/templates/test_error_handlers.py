@@ -739,21 +739,15 @@ def test_outside_the_main_thread_it_works_without_signals():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_gpu_error_is_explained_and_passes_unchanged(monkeypatch):
+def test_an_exception_passes_unchanged_though_the_gpu_is_dead(monkeypatch):
     def dead_gpu():
         raise RuntimeError("CUDA error: device-side assert triggered")
 
-    def broken_report(message):
-        reports.append(message)
-        raise OSError("closed")
-
     monkeypatch.setattr("templates.error_handlers.clear_memory", dead_gpu)
-    reports = []
     error = RuntimeError("CUDA error: device-side assert triggered" + ASYNC)
     with pytest.raises(RuntimeError) as raised:
-        fail_within(SafeTrainingContext("cuda", broken_report), error)
+        fail_within(SafeTrainingContext("cuda"), error)
     assert raised.value is error
-    assert "label >= number of classes" in reports[0]
 
 
 def test_an_error_that_surfaces_at_the_end_is_not_lost(monkeypatch):
@@ -761,11 +755,11 @@ def test_an_error_that_surfaces_at_the_end_is_not_lost(monkeypatch):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr("templates.error_handlers.clear_memory", dead_gpu)
-    reports = []
-    context = SafeTrainingContext("cuda", reports.append)
-    with pytest.raises(RuntimeError, match="illegal memory access"), context:
+    with (
+        pytest.raises(RuntimeError, match="illegal memory access"),
+        SafeTrainingContext("cuda"),
+    ):
         pass
-    assert "outside its memory" in reports[0]
 
 
 def test_memory_is_freed_at_the_end(monkeypatch):

@@ -21,9 +21,6 @@ from templates.training_utils import (
 
 MODES = ["full", "selective"]
 
-# torch 2.13's compiler uses torch.jit, which it deprecates, when it is imported.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-
 
 class Block(nn.Module):
     """Attention, dropout, and an MLP; counts its forwards. x_BTD -> x_BTD."""

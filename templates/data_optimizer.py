@@ -549,7 +549,7 @@ class _EpochPlan:
         # skip up to there, so groups of huge blocks are bounded too.
         reach = window_rows
         if shuffle and self.total:
-            reach = max(reach, min(8 * int(rows.mean()), 32 * window_rows))
+            reach = max(reach, min(8 * int(rows.mean()), 128 * window_rows))
         groups = max(1, -(-self.total // reach))
         _, first = np.unique(start * groups // max(1, self.total), return_index=True)
         self.blocks, self.first = blocks, np.append(first, len(blocks))
@@ -1246,8 +1246,8 @@ class _ColumnStream(IterableDataset):
         self.source, self.batch_size = source, batch_size
         self.shuffle, self.seed, self.fill_null = shuffle, seed, fill_null
         self.rank, self.world_size = _data_rank(rank, world_size)
-        # 16 MB of rows, a few times over, is what a stream keeps in memory.
-        bounded = max(1024, min(1 << 17, (16 << 20) // source.row_bytes))
+        # A few MB shuffle in the cache; twice the rows took half as long again.
+        bounded = max(1024, min(1 << 15, (16 << 20) // source.row_bytes))
         self.window_rows = window_rows or bounded
         self.rows = int(source.block_rows.sum())
         self._row_feed = _WindowFeed(
@@ -1309,7 +1309,7 @@ class StreamingTextDataset(_ColumnStream):
         on_error: "skip" leaves out what cannot be read and lists it in `skipped`.
         encoding: of the files; UTF-16 and UTF-32 are read in one piece, like .gz.
         quote_char: None where quotes are plain letters.
-        window_rows: rows that are shuffled together, by default about 16 MB of them.
+        window_rows: rows that are shuffled together, by default 32768 or about 16 MB.
 
     Raises:
         DataError: names the file, column and remedy.
@@ -1375,7 +1375,7 @@ class StreamingParquetDataset(_ColumnStream):
             (those of floats become NaN).
         on_error: "skip" leaves out what cannot be read and lists it in `skipped`.
         filesystem: of pyarrow or fsspec, where the path alone does not say it.
-        window_rows: rows that are shuffled together, by default about 16 MB of them.
+        window_rows: rows that are shuffled together, by default 32768 or about 16 MB.
 
     Raises:
         DataError: names the file, column and remedy.

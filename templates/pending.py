@@ -1,8 +1,6 @@
 """Pending: goes into data_optimizer and profiling."""
 
-import sys
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,61 +120,3 @@ def move_batches(
     """The batches of a loader on a device; pinned memory is copied without waiting."""
     for batch in loader:
         yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)
-
-
-def format_values(values: Mapping[str, Any]) -> str:
-    """Names and values in one line, fractions with four significant digits."""
-    return ", ".join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in values.items()
-    )
-
-
-class TrainingDisplay:
-    """Progress of a training run: a tqdm bar on a terminal, plain lines elsewhere.
-
-    Args:
-        total_steps: of the whole run.
-        batch_size: samples in a step, for the throughput.
-        step: where the run begins, after a resume.
-    """
-
-    def __init__(self, total_steps: int, batch_size: int, step: int = 0) -> None:
-        self.total_steps, self.batch_size, self.step = total_steps, batch_size, step
-        self.bar = None
-        self.time_s = time.perf_counter()
-
-    def __enter__(self) -> "TrainingDisplay":
-        if sys.stderr.isatty():
-            try:
-                from tqdm import tqdm
-            except ImportError:
-                return self
-            self.bar = tqdm(total=self.total_steps, initial=self.step, unit="step")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def update(self, step: int, **values: Any) -> None:
-        """Show what step was reached, some values, and the speed since last time."""
-        elapsed_s = time.perf_counter() - self.time_s
-        values["samples_per_s"] = round(
-            (step - self.step) * self.batch_size / elapsed_s
-        )
-        if self.bar is not None:
-            self.bar.update(step - self.step)
-            self.bar.set_postfix_str(format_values(values))
-        else:
-            print(
-                f"step {step}/{self.total_steps}: {format_values(values)}", flush=True
-            )
-        self.step, self.time_s = step, time.perf_counter()
-
-    def note(self, text: str) -> None:
-        """A line that stays, above the bar."""
-        if self.bar is not None:
-            self.bar.write(text)
-        else:
-            print(text, flush=True)

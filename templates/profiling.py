@@ -2,6 +2,8 @@
 
     print_memory_stats(device, prefix="after the first epoch: ")
     profile_training_step(model, inputs, targets, criterion, optimizer)
+    with TrainingDisplay(total_steps, batch_size) as display:
+        display.update(step, loss=loss.item())
 
 All figures in GB are 1e9 bytes.
 """
@@ -9,7 +11,9 @@ All figures in GB are 1e9 bytes.
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +178,61 @@ def profile_training_step(
         profiler.export_chrome_trace(str(trace_path))
         report(f"Trace: {trace_path} (open it in chrome://tracing or Perfetto)")
     return profiler
+
+
+def format_values(values: Mapping[str, Any]) -> str:
+    """Names and values in one line, fractions with four significant digits."""
+    return ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in values.items()
+    )
+
+
+class TrainingDisplay:
+    """Progress of a training run: a tqdm bar on a terminal, plain lines elsewhere.
+
+    Args:
+        total_steps: of the whole run.
+        batch_size: samples in a step, for the throughput.
+        step: where the run begins, after a resume.
+    """
+
+    def __init__(self, total_steps: int, batch_size: int, step: int = 0) -> None:
+        self.total_steps, self.batch_size, self.step = total_steps, batch_size, step
+        self.bar = None
+        self.time_s = time.perf_counter()
+
+    def __enter__(self) -> "TrainingDisplay":
+        if sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return self
+            self.bar = tqdm(total=self.total_steps, initial=self.step, unit="step")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self, step: int, **values: Any) -> None:
+        """Show what step was reached, some values, and the speed since last time."""
+        elapsed_s = time.perf_counter() - self.time_s
+        values["samples_per_s"] = round(
+            (step - self.step) * self.batch_size / elapsed_s
+        )
+        if self.bar is not None:
+            self.bar.update(step - self.step)
+            self.bar.set_postfix_str(format_values(values))
+        else:
+            print(
+                f"step {step}/{self.total_steps}: {format_values(values)}", flush=True
+            )
+        self.step, self.time_s = step, time.perf_counter()
+
+    def note(self, text: str) -> None:
+        """A line that stays, above the bar."""
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)

@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 from templates.profiling import (
+    TrainingDisplay,
     _profiler_settings,
     get_memory_stats,
     print_memory_stats,
@@ -257,3 +259,38 @@ def test_on_a_real_gpu(tmp_path):
     assert top.self_device_time_total > 0
     stats = get_memory_stats(device)
     assert 0 < stats["allocated"] <= stats["max_allocated"] <= stats["reserved"]
+
+
+def test_display_prints_plain_lines_where_there_is_no_terminal(capsys):
+    with TrainingDisplay(total_steps=9, batch_size=4, step=1) as display:
+        display.update(3, loss=0.123456, epoch=2)
+        display.note("saved")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("step 3/9: loss 0.1235, epoch 2, samples_per_s ")
+    assert second == "saved"
+
+
+def test_display_counts_the_samples_between_two_updates(capsys, monkeypatch):
+    clock = iter([10.0, 12.0, 12.0, 13.0, 13.0])
+    monkeypatch.setattr("templates.profiling.time.perf_counter", lambda: next(clock))
+    with TrainingDisplay(total_steps=9, batch_size=4) as display:
+        display.update(3)
+        display.update(4)
+    speeds = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
+    assert speeds == ["6", "4"]  # 3 steps of 4 samples in 2 s, then 1 in 1 s
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_display_is_a_bar_on_a_terminal_if_tqdm_is_there(
+    installed, capsys, monkeypatch
+):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    if not installed:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    with TrainingDisplay(total_steps=9, batch_size=4, step=2) as display:
+        display.update(5, loss=0.5)
+        display.note("saved")
+    captured = capsys.readouterr()
+    assert "saved" in captured.out
+    assert ("5/9" in captured.err) is installed
+    assert ("step 5/9: loss 0.5" in captured.out) is not installed

@@ -63,7 +63,8 @@ def make_parser() -> RequestParser:
         text = f"{section.summary} ({section.guide})"
         if section.takes_value:
             metavar = "|".join(section.choices) or "N"
-            group.add_argument(section.flag, nargs="?", metavar=metavar, help=text)
+            nargs = None if section.default is None else "?"
+            group.add_argument(section.flag, nargs=nargs, metavar=metavar, help=text)
         else:
             group.add_argument(
                 section.flag, action="store_const", const=None, help=text
@@ -150,6 +151,7 @@ def write_script(request: Request, force: bool, as_json: bool) -> None:
         "files": {file: text.count("\n") for file, text in files.items()},
         "run": "" if request.output == "-" else run_command,
         "packages": list(request.task.packages),
+        "packages_for_own_data": list(request.task.own_packages),
         "own_data": f"--data takes {request.task.own_data}",
         "command": shlex.join(request.command),
     }
@@ -159,7 +161,9 @@ def write_script(request: Request, force: bool, as_json: bool) -> None:
     elif request.output != "-":
         for file, lines in report["files"].items():
             print(f"wrote {file} ({lines} lines)", file=sys.stderr)
-        print(f"needs: {' '.join(request.task.packages)}", file=sys.stderr)
+        packages = " ".join(request.task.packages)
+        own = " ".join(request.task.own_packages)
+        print(f"needs: {packages}; for --data: {own}", file=sys.stderr)
         print(f"run:   {run_command}", file=sys.stderr)
 
 
@@ -232,6 +236,7 @@ def list_as_json() -> str:
                     "built_in_data": task.builtin,
                     "own_data": task.own_data,
                     "packages": task.packages,
+                    "packages_for_own_data": task.own_packages,
                 }
                 for task in TASKS.values()
             },

@@ -18,6 +18,7 @@ class Task:
     example: str  # the options of a run on one's own data
     legend: str  # of the shape suffixes
     packages: tuple[str, ...]  # to install, for the built-in data
+    own_packages: tuple[str, ...]  # and for --data
     epochs: int
     batch_size: int
     learning_rate: float
@@ -34,6 +35,7 @@ TASKS = {
             example="--data reviews.csv --text-column review --label-column stars",
             legend="T tokens, D width, C classes",
             packages=("torch",),
+            own_packages=("torch", "pyarrow"),
             epochs=4,
             batch_size=32,
             learning_rate=1e-3,
@@ -46,7 +48,8 @@ TASKS = {
             example="--data photos --image-size 128",
             legend="C channels or classes, H height, W width, D features",
             packages=("torch", "pillow", "scikit-learn"),
-            epochs=6,
+            own_packages=("torch", "pillow"),
+            epochs=10,
             batch_size=32,
             learning_rate=2e-3,
         ),
@@ -93,8 +96,6 @@ class Section:
             ValueError: the text is no possible value; says which are.
         """
         if text is None:
-            if self.default is None:
-                raise ValueError(f"{self.flag} needs a value: {self.usage}")
             return self.default
         if self.choices and text in self.choices:
             return text

@@ -30,7 +30,6 @@ MODULE_ORDER = (
     "distributed",
     "inference",
     "profiling",
-    "pending",
 )
 
 LINE_LENGTH = 88

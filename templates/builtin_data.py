@@ -8,7 +8,8 @@ import ast
 import sysconfig
 from pathlib import Path
 
-# In every Python from 3.10 to 3.14, with at least 60 docstrings each.
+# In every Python from 3.10 to 3.14; with 41 (concurrent) to 346 (asyncio) docstrings
+# each, 2,293 in all, in 3.11.
 STDLIB_PACKAGES = (
     "asyncio",
     "concurrent",

@@ -12,13 +12,13 @@ Exact resume needs every part that holds state, and every random number generato
 """
 
 import collections
+import contextlib
 import dataclasses
 import enum
 import json
 import os
 import pickle
 import random
-import re
 import sys
 import types
 import zipfile
@@ -35,6 +35,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, read or used; names the file and remedy."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint file that is incomplete, or whose bytes have changed."""
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Write a file so that a crash leaves either the old one or the new one, whole.
 
@@ -47,24 +51,29 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with open(temporary, "w+b") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        # torch.save hides the disk's refusal behind an error of its zip writer.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
         raise CheckpointError(
-            f"{path}: could not be written ({error}); what was there before is"
+            f"{path}: could not be written ({reason}); what was there before is"
             " unchanged: free some space or choose another folder"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # gone already, or never made
+            temporary.unlink()
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut; Windows cannot and need not."""
-    if os.name == "posix":
+    """Make a rename in `folder` survive a power cut, where the system has a way to."""
+    with contextlib.suppress(OSError):  # Windows and some network file systems
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -72,25 +81,20 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-class ChecksumWriter:
-    """A binary file that keeps the CRC-32 of all that is written to it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.crc = 0
-
-    def write(self, data: bytes) -> int:
-        self.crc = zlib.crc32(data, self.crc)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
 # The checksum travels in the comment that every zip file may end with, so that it
 # cannot get lost or out of step, and torch.load reads the file as any other.
 CHECKSUM_LABEL = b"crc32:"
-CHECKSUM_SIZE = len(CHECKSUM_LABEL) + 8
+CHECKSUM_ENDING = 2 + len(CHECKSUM_LABEL) + 8  # the comment and its length, in bytes
+
+
+def compute_checksum(file: BinaryIO, length: int) -> bytes:
+    """The ending of a checkpoint file that vouches for the `length` bytes before it."""
+    file.seek(0)
+    crc = 0
+    while length > 0 and (block := file.read(min(length, 1 << 22))):
+        crc, length = zlib.crc32(block, crc), length - len(block)
+    comment = CHECKSUM_LABEL + f"{crc:08x}".encode()
+    return len(comment).to_bytes(2, "little") + comment
 
 
 def write_checkpoint_file(state: Any, path: Path) -> None:
@@ -103,11 +107,11 @@ def write_checkpoint_file(state: Any, path: Path) -> None:
     state = to_loadable(state)
 
     def write(file: BinaryIO) -> None:
-        checked = ChecksumWriter(file)
-        torch.save(state, checked)
-        file.seek(-2, os.SEEK_END)  # the length of the comment, 0 so far
-        file.write(CHECKSUM_SIZE.to_bytes(2, "little"))
-        file.write(CHECKSUM_LABEL + f"{checked.crc:08x}".encode())
+        torch.save(state, file)
+        length = file.tell() - 2  # the rest is the length of the comment, so far 0
+        ending = compute_checksum(file, length)
+        file.seek(length)
+        file.write(ending)
 
     write_atomically(path, write)
 
@@ -118,22 +122,19 @@ def find_damage(path: Path) -> str | None:
     A flipped bit can load without an error, so every byte is compared with the
     checksum; in a file that `torch.save` wrote, with those of the zip records.
     """
-    size = path.stat().st_size
     with open(path, "rb") as file:
-        file.seek(max(0, size - CHECKSUM_SIZE))
-        comment = file.read()
-        if comment.startswith(CHECKSUM_LABEL):
-            file.seek(0)
-            crc, left = 0, size - CHECKSUM_SIZE - 2
-            while left and (block := file.read(min(left, 1 << 22))):
-                crc, left = zlib.crc32(block, crc), left - len(block)
-            crc = zlib.crc32(b"\0\0", crc)
-            intact = comment == CHECKSUM_LABEL + f"{crc:08x}".encode()
+        length = file.seek(0, os.SEEK_END) - CHECKSUM_ENDING
+        file.seek(max(0, length))
+        ending = file.read()
+        if CHECKSUM_LABEL in ending:
+            intact = ending == compute_checksum(file, length)
             return None if intact else "its checksum does not match"
     try:
         with zipfile.ZipFile(path) as archive:
-            record = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+            # torch leaves a record that is marked as a folder (16) uninitialised.
+            marked = [i.filename for i in archive.infolist() if i.external_attr & 16]
+            record = archive.testzip() or next(iter(marked), None)
+    except Exception as error:  # zipfile has a dozen kinds for a damaged file
         return f"it is not a complete checkpoint file ({error})"
     return f"its record {record} does not match its checksum" if record else None
 
@@ -142,23 +143,26 @@ def read_checkpoint_file(path: Path, device: torch.device | None = None) -> Any:
     """What `write_checkpoint_file` or `torch.save` wrote; runs no code from the file.
 
     Raises:
-        CheckpointError: missing, damaged, or holding objects other than plain values.
+        CheckpointError: missing, damaged (DamagedCheckpointError), or holding objects
+            other than plain values.
     """
     try:
         damage = find_damage(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     if damage:
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"{path}: {damage}: use an older checkpoint or a copy of this one"
         )
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location=device or "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: holds Python objects, which could run code, so they are not"
             " loaded: save it again with save_checkpoint where it was written"
         ) from error
+    except Exception as error:  # another kind of zip file, too little memory, ...
+        raise CheckpointError(f"{path}: cannot be loaded: {error}") from error
 
 
 def to_loadable(value: Any) -> Any:
@@ -196,15 +200,27 @@ def to_loadable(value: Any) -> Any:
         kind = next((k for k in (tuple, set) if isinstance(value, k)), list)
         return kind(to_loadable(item) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return to_loadable(dataclasses.asdict(value))
+        names = [field.name for field in dataclasses.fields(value)]
+        return {name: to_loadable(getattr(value, name)) for name in names}
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if type(value).__module__ == "numpy" and value.ndim == 0:
+        return to_loadable(value.item())
     if type(value).__module__ == "numpy":
-        return to_loadable(value.item() if value.ndim == 0 else torch.tensor(value))
+        return torch.tensor(value.copy())  # a view may have strides unknown to torch
     raise TypeError(
         f"a {type(value).__name__} cannot be saved in a checkpoint that loads safely:"
         " save its plain values (numbers, text, lists, dicts, tensors)"
     )
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile` and (Distributed)DataParallel."""
+    if hasattr(model, "_orig_mod"):
+        return unwrap_model(model._orig_mod)
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return unwrap_model(model.module)
+    return model
 
 
 def save_checkpoint(
@@ -224,6 +240,7 @@ def save_checkpoint(
         TypeError: a further value that would not load safely, such as an object.
         ValueError: a further value has the name of one of the checkpoint's own parts.
     """
+    model = unwrap_model(model)
     checkpoint = {"epoch": epoch, "model_state_dict": model.state_dict()}
     if optimizer is not None:
         checkpoint["optimizer_state_dict"] = optimizer.state_dict()
@@ -241,11 +258,12 @@ def load_checkpoint(
 ) -> dict:
     """Load what `save_checkpoint` saved into `model` and `optimizer`.
 
-    Nothing is changed unless all of it fits. Weights that were saved from a wrapped
-    model (`torch.compile`, DistributedDataParallel) load into the bare one.
+    Nothing is changed unless all of it fits. Wrappers (`torch.compile`, DataParallel,
+    DistributedDataParallel) may differ between the saved model and this one.
 
     Args:
-        device: where the tensors of the result go; the model's stay where they are.
+        device: where the tensors of the result go, by default the CPU; the model's
+            stay where they are.
 
     Returns:
         The whole checkpoint: `epoch`, the state dicts, and the further values.
@@ -259,53 +277,61 @@ def load_checkpoint(
         raise CheckpointError(
             f"{path}: has no 'model_state_dict': it was not written by save_checkpoint"
         )
-    weights = {
-        re.sub(r"^(module\.|_orig_mod\.)+", "", key): tensor
-        for key, tensor in checkpoint["model_state_dict"].items()
-    }
+    model = unwrap_model(model)
+    weights = checkpoint["model_state_dict"]
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # of another program's file
+        if model.state_dict().keys().isdisjoint(weights):
+            strip = nn.modules.utils.consume_prefix_in_state_dict_if_present
+            strip(weights, prefix)
     problems = compare_weights(model, weights)
-    if optimizer is not None and "optimizer_state_dict" in checkpoint:
+    optimizer_state = optimizer and checkpoint.get("optimizer_state_dict")
+    if optimizer_state:
         saved_names = checkpoint.get("optimizer_parameters")
         # Its state is matched by position: another order would load without an error.
         if saved_names not in (None, name_parameters(model, optimizer)):
             problems.append("the optimizer was built over other parameters")
-    if problems:
+    try:
+        if problems:
+            raise ValueError("; ".join(problems))
+        if optimizer_state:  # first: it refuses other groups before it changes anything
+            optimizer.load_state_dict(optimizer_state)
+    except ValueError as error:
         raise CheckpointError(
-            f"{path}: does not fit: {'; '.join(problems)}: build the model and the"
-            " optimizer as they were when it was saved"
-        )
+            f"{path}: does not fit: {error}: build the model and the optimizer as they"
+            " were when it was saved"
+        ) from error
     model.load_state_dict(weights)
-    if optimizer is not None and "optimizer_state_dict" in checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
     return checkpoint
 
 
 def compare_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> list[str]:
     """What keeps `weights` from being loaded into `model`; an empty list if nothing."""
     own = model.state_dict()
-    problems = []
-    for title, names in (
-        ("the file lacks", sorted(own.keys() - weights.keys())),
-        ("the model lacks", sorted(weights.keys() - own.keys())),
-    ):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            problems.append(f"{title} {', '.join(names[:5])}{more}")
-    for name in own.keys() & weights.keys():
-        here, saved = own[name], weights[name]
-        if isinstance(here, torch.Tensor) and here.shape != saved.shape:
-            problems.append(
-                f"{name} is {tuple(saved.shape)} in the file and"
-                f" {tuple(here.shape)} in the model"
-            )
-    return problems
+    findings = {
+        "the file lacks": [name for name in own if name not in weights],
+        "the model lacks": [name for name in weights if name not in own],
+        "other shapes:": [
+            f"{name} {tuple(weights[name].shape)} in the file, {tuple(here.shape)} here"
+            for name, here in own.items()
+            if name in weights
+            and isinstance(here, torch.Tensor)
+            and here.shape != weights[name].shape
+        ],
+    }
+    return [
+        f"{title} {', '.join(names[:5])}"
+        + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        for title, names in findings.items()
+        if names
+    ]
 
 
 def name_parameters(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> list[list[str]]:
     """The names of the parameters in each of the optimizer's groups, in its order."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    weights = model.state_dict(keep_vars=True)  # wrappers leave no trace in its names
+    names = {id(parameter): name for name, parameter in weights.items()}
     return [
         [names.get(id(parameter), "?") for parameter in group["params"]]
         for group in optimizer.param_groups
@@ -318,8 +344,8 @@ def capture_rng_state() -> dict[str, Any]:
     NumPy only where something has imported it already.
     """
     state = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if "numpy" in sys.modules:
-        state["numpy"] = to_loadable(sys.modules["numpy"].random.get_state())
+    if numpy := sys.modules.get("numpy"):
+        state["numpy"] = to_loadable(numpy.random.get_state())
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available():
@@ -331,9 +357,9 @@ def restore_rng_state(state: Mapping[str, Any]) -> None:
     """Put back what `capture_rng_state` returned, as far as this machine has it."""
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"].cpu())  # map_location may have moved it
-    if "numpy" in state and "numpy" in sys.modules:
+    if "numpy" in state and (numpy := sys.modules.get("numpy")):
         name, keys, *rest = state["numpy"]
-        sys.modules["numpy"].random.set_state((name, keys.cpu().numpy(), *rest))
+        numpy.random.set_state((name, keys.cpu().numpy(), *rest))
     if "cuda" in state and torch.cuda.is_available():
         for index, saved in enumerate(state["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(saved.cpu(), index)
@@ -394,24 +420,28 @@ def resume_training_state(
         leftover.unlink(missing_ok=True)
     paths = list_training_states(folder)
     for path in reversed(paths):
-        if damage := find_damage(path):
-            report(f"{path}: {damage}: going back to the checkpoint before it")
-            path.rename(path.with_name(path.name + ".damaged"))
+        try:
+            saved = read_checkpoint_file(path, device)
+        except DamagedCheckpointError as error:
+            renamed = path.replace(path.with_name(path.name + ".damaged"))
+            report(
+                f"{error}\nrenamed to {renamed.name}; going on with the one before it"
+            )
             continue
-        saved = read_checkpoint_file(path, device)
-        if differing := sorted(saved["parts"].keys() ^ parts.keys()):
+        try:
+            if differing := sorted(saved["parts"].keys() ^ parts.keys()):
+                raise ValueError(f"only one of them has {', '.join(differing)}")
+            for name, part in parts.items():
+                state = saved["parts"][name]
+                part.load_state_dict(state)
+                # The optimizer's state goes by position, so the order counts as well.
+                if isinstance(part, nn.Module) and [*part.state_dict()] != [*state]:
+                    raise ValueError(f"the weights of {name} come in another order")
+        except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(
-                f"{path}: differs from this script in {', '.join(differing)}: resume"
-                " with the script that wrote it, or start again in another folder"
-            )
-        problems = compare_weights(parts["model"], saved["parts"]["model"])
-        if problems:
-            raise CheckpointError(
-                f"{path}: does not fit the model: {'; '.join(problems)}: resume with"
-                " the model that wrote it, or start again in another folder"
-            )
-        for name, part in parts.items():
-            part.load_state_dict(saved["parts"][name])
+                f"{path}: does not fit this script ({' '.join(str(error).split())}):"
+                " resume with the one that wrote it, or start again in another folder"
+            ) from error
         restore_rng_state(saved["rng"])
         return path
     if paths:

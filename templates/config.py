@@ -8,20 +8,20 @@ value of the wrong type is an error that names it.
 """
 
 import argparse
+import contextlib
 import difflib
 import inspect
 import json
 import math
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import (
     Annotated,
     Any,
     Literal,
-    NoReturn,
     TypeVar,
     Union,
     get_args,
@@ -56,8 +56,13 @@ class TrainingConfig:
     seed: int = 42  # for every random number generator
 
     def save(self, path: str) -> None:
-        """Write every field to a YAML file that `load` reads back."""
-        Path(path).write_text(_import_yaml().safe_dump(asdict(self), sort_keys=False))
+        """Write every field to a YAML or .json file that `load` reads back."""
+        if Path(path).suffix == ".json":
+            write_settings(Path(path), self)
+        else:
+            yaml = _import_yaml()
+            text = yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+            Path(path).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str) -> "TrainingConfig":
@@ -86,19 +91,19 @@ def read_config_file(path: str) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, cannot be parsed or holds no mapping.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}): check --config") from None
-    if path.endswith(".json"):
-        load, parse_error = json.loads, ValueError
-    else:
+    load, parse_errors = json.loads, (ValueError,)
+    if Path(path).suffix != ".json":
         yaml = _import_yaml()
-        load, parse_error = yaml.safe_load, yaml.YAMLError
+        load, parse_errors = yaml.safe_load, (ValueError, yaml.YAMLError)
     try:
-        values = load(text)
-    except parse_error as error:
-        raise ConfigError(f"{path}: cannot be parsed: {error}") from None
+        values = load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}): check --config"
+        ) from None
+    except parse_errors as error:
+        reason = " ".join(str(error).split())  # PyYAML's goes over several lines
+        raise ConfigError(f"{path}: cannot be parsed ({reason}): mend it") from None
     if values is None:  # an empty YAML file
         return {}
     if not isinstance(values, dict):
@@ -108,18 +113,12 @@ def read_config_file(path: str) -> dict[str, Any]:
     return values
 
 
-def _read_number(value: Any) -> int | float | None:
-    """A finite number, also one spelled as a string (YAML reads `2e-5` as one)."""
-    if isinstance(value, str):
-        for kind in (int, float):
-            try:
-                return _read_number(kind(value))
-            except ValueError:
-                continue
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return value if math.isfinite(value) else None
+def _read_number(value: Any) -> int | float:
+    """A number, also one that is spelled as a string: YAML reads `2e-5` as one."""
+    try:
+        return int(str(value))
+    except ValueError:
+        return float(str(value))
 
 
 def convert_setting(value: Any, wanted: Any) -> Any:
@@ -131,33 +130,41 @@ def convert_setting(value: Any, wanted: Any) -> Any:
     Raises:
         ValueError: its message is what was expected.
     """
-    if get_origin(wanted) is Annotated:
-        wanted, (low, high) = get_args(wanted)
+    origin, arguments = get_origin(wanted), get_args(wanted)
+    if origin is Annotated:
+        wanted, (low, high) = arguments
         value = convert_setting(value, wanted)
-        if low is not None and value < low:
+        if None not in (value, low) and value < low:
             raise ValueError(f"at least {low}")
-        if high is not None and value > high:
+        if None not in (value, high) and value > high:
             raise ValueError(f"at most {high}")
         return value
-    if get_origin(wanted) in (Union, types.UnionType):
-        if value in (None, "none", "null"):
+    if origin in (Union, types.UnionType):
+        if str(value).lower() in ("none", "null"):
             return None
-        (wanted,) = (kind for kind in get_args(wanted) if kind is not types.NoneType)
-    if get_origin(wanted) is Literal:
-        if value not in get_args(wanted):
-            raise ValueError("one of " + ", ".join(map(str, get_args(wanted))))
-        return value
-    number = _read_number(value)
+        (wanted,) = (kind for kind in arguments if kind is not types.NoneType)
+        return convert_setting(value, wanted)
+    if origin is Literal:
+        choices = {str(choice): choice for choice in arguments}
+        if str(value) not in choices:
+            raise ValueError("one of " + ", ".join(choices))
+        return choices[str(value)]
     if wanted is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
-    if wanted is int and number is not None and number == int(number):
-        return int(number)
-    if wanted is float and number is not None:
-        return float(number)
+    if wanted in (int, float):
+        with contextlib.suppress(ValueError, OverflowError):
+            number = _read_number(value)
+            if math.isfinite(number) and (wanted is float or number == int(number)):
+                return wanted(number)
     if wanted is str and isinstance(value, str):
         return value
-    expected = {bool: "true or false", int: "a whole number", float: "a finite number"}
-    raise ValueError(expected.get(wanted, "a text (in quotes)"))
+    expected = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a finite number",
+        str: "a text (in quotes)",
+    }
+    raise ValueError(expected.get(wanted, f"a field of another type than {wanted}"))
 
 
 def _close_match(name: str, known: Iterable[str]) -> str:
@@ -166,12 +173,16 @@ def _close_match(name: str, known: Iterable[str]) -> str:
 
 
 def build_config(
-    config_class: type[ConfigT], values: Mapping[str, Any], source: str
+    config_class: type[ConfigT],
+    values: Mapping[str, Any],
+    source: str,
+    problems: Iterable[str] = (),
 ) -> ConfigT:
     """An instance of a dataclass from a mapping, every value converted and checked.
 
     Args:
         source: where the values came from, for the message: a file, `command line`.
+        problems: what was found before, for the same message.
 
     Raises:
         ConfigError: unknown keys, wrong types, missing values; all in one message.
@@ -179,10 +190,11 @@ def build_config(
     known = {field.name: field for field in fields(config_class)}
     wanted = get_type_hints(config_class, include_extras=True)
     converted: dict[str, Any] = {}
-    problems = []
+    problems = list(problems)
     for name, value in values.items():
         if name not in known:
-            problems.append(f"unknown setting {name!r}{_close_match(name, known)}")
+            near = _close_match(str(name), known)
+            problems.append(f"unknown setting {name!r}{near}")
             continue
         try:
             converted[name] = convert_setting(value, wanted[name])
@@ -205,15 +217,8 @@ def describe_fields(config_class: type) -> dict[str, str]:
         lines = inspect.getsource(config_class).splitlines()
     except (OSError, TypeError):
         return {}
-    found = (re.match(r"\s+(\w+): [^#]*#\s*(.+)", line) for line in lines)
+    found = (re.match(r"\s+(\w+): .*?\s#\s*(.+)", line) for line in lines)
     return {match[1]: match[2] for match in found if match}
-
-
-class ConfigArgumentParser(argparse.ArgumentParser):
-    """Raises ConfigError where argparse would print its usage and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (--help shows every option)")
 
 
 def parse_config(
@@ -233,42 +238,44 @@ def parse_config(
         ConfigError: unknown options (with the nearest known one), unreadable files,
             values of the wrong type.
     """
-    parser = ConfigArgumentParser(
+    parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # only what was really given is set
         allow_abbrev=False,
+        exit_on_error=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON with settings")
     wanted = get_type_hints(config_class, include_extras=True)
     comments = describe_fields(config_class)
+    flags = {f.name: "--" + f.name.replace("_", "-") for f in fields(config_class)}
     for field in fields(config_class):
-        flag = "--" + field.name.replace("_", "-")
-        text = comments.get(field.name, "").replace("%", "%%")
+        text = comments.get(field.name, "")
         if field.default is not MISSING:
-            text += f" (default: {field.default})".replace("%", "%%")
+            text += f" (default: {field.default})"
+        details: dict[str, Any] = {"help": text.replace("%", "%%")}
         if wanted[field.name] is bool:
-            action = argparse.BooleanOptionalAction
-            parser.add_argument(flag, action=action, help=text)
-        else:
-            choices = get_args(wanted[field.name])
-            literal = get_origin(wanted[field.name]) is Literal
-            metavar = "{" + ",".join(map(str, choices)) + "}" if literal else None
-            parser.add_argument(flag, metavar=metavar, help=text)
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = ["--" + field.name.replace("_", "-") for field in fields(config_class)]
-        raise ConfigError(
-            f"unknown option {unknown[0]}{_close_match(unknown[0], flags)}"
-            " (--help shows every option)"
-        )
+            details["action"] = argparse.BooleanOptionalAction
+        elif get_origin(wanted[field.name]) is Literal:
+            choices = ",".join(map(str, get_args(wanted[field.name])))
+            details["metavar"] = f"{{{choices}}}"
+        parser.add_argument(flags[field.name], **details)
+    try:
+        given, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error} (see --help)") from None
     options = vars(given)
     path = options.pop("config", None)
-    # The file is checked by itself, so that the message says where a value is from.
-    values = read_config_file(path) if path else {}
-    if values:
-        build_config(config_class, values, source=path)
-    return build_config(config_class, {**values, **options}, source="command line")
+    names = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+    return build_config(
+        config_class,
+        {**(read_config_file(path) if path else {}), **options},
+        source=f"{path}, command line" if path else "command line",
+        problems=[
+            f"unknown option {name}{_close_match(name, flags.values())} (see --help)"
+            for name in names or unknown
+        ],
+    )
 
 
 def start_run(config: Any, out_dir: str) -> Path:
@@ -279,13 +286,12 @@ def start_run(config: Any, out_dir: str) -> Path:
     folder, number = Path(out_dir), 1
     while (folder / "config.json").exists():
         number += 1
-        folder = Path(f"{out_dir}-{number}")
-    folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(f"{Path(out_dir)}-{number}")  # "run/" would be "run/-2"
     write_settings(folder / "config.json", config)
     return folder
 
 
-def continue_run(config: Any, out_dir: str, may_change: Iterable[str]) -> Path:
+def continue_run(config: Any, out_dir: str, may_change: Collection[str]) -> Path:
     """The folder of a run that is started or goes on, with its settings in config.json.
 
     Args:
@@ -308,7 +314,6 @@ def continue_run(config: Any, out_dir: str, may_change: Iterable[str]) -> Path:
                 f"{out_dir} holds a run with other settings ({'; '.join(changed)}):"
                 " put them back, or start another run with --out-dir"
             )
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_settings(path, config)
     return path.parent
 
@@ -316,5 +321,12 @@ def continue_run(config: Any, out_dir: str, may_change: Iterable[str]) -> Path:
 def write_settings(path: Path, config: Any) -> None:
     """The fields of a dataclass as JSON, which `--config` reads."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    text = json.dumps(asdict(config), indent=2) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be written ({error.strerror}): choose another folder"
+        ) from error

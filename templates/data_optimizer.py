@@ -1,8 +1,7 @@
-"""Data loading that keeps memory bounded and the sample order reproducible.
+"""Data loading: bounded memory, every row once, one order for any workers and ranks.
 
-Section 2 of the guide (and `seed_worker` of section 8): lazy images, streaming text
-and Parquet, the DataLoader factory, and a sampler whose order depends on seed and
-epoch alone.
+Section 2 of the guide (and `seed_worker` of section 8). Rows in memory or on disk by
+index go through `ResumableBatchSampler` and the DataLoader factory:
 
     sampler = ResumableBatchSampler(len(dataset), batch_size=64, seed=0)
     loader = create_optimized_dataloader(dataset, 64, device, batch_sampler=sampler)
@@ -10,6 +9,16 @@ epoch alone.
         sampler.set_epoch(epoch)
         for batch in loader:
             ...
+
+More than memory holds goes through a stream and its own loader:
+
+    stream = StreamingParquetDataset("folder/*.parquet", shuffle=True, seed=0)
+    loader = StreamBatchLoader(stream, batch_size=1024, device=device)
+    for batch in loader:  # {"column": tensor, list or Arrow array}
+        ...
+    state = loader.state_dict()  # resumes on other numbers of workers and ranks too
+
+Sizes in names: B batch, C channel, H height, W width.
 """
 
 import contextlib
@@ -20,6 +29,7 @@ import itertools
 import os
 import random
 import re
+import signal
 import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,6 +44,7 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     Sampler,
+    Subset,
     get_worker_info,
 )
 
@@ -42,6 +53,10 @@ _LINE_BLOCK_BYTES = 1 << 20  # CSV and JSONL are read in pieces of about this si
 
 class DataError(ValueError):
     """Bad input data: the message names the file or column and the remedy."""
+
+    def __str__(self) -> str:
+        """The message, without the traceback that a worker puts before it."""
+        return super().__str__().rpartition("DataError: ")[2].rstrip("\n")
 
 
 def _import_data_package(name: str, package: str) -> Any:
@@ -90,6 +105,20 @@ def seed_worker(worker_id: int) -> None:
     random.seed(worker_seed)
     with contextlib.suppress(ImportError):  # torch runs without NumPy too
         importlib.import_module("numpy").random.seed(worker_seed)
+
+
+def _start_loader_worker(worker_id: int) -> None:
+    """Seed a worker, and let it outlive a stop signal that goes to the whole job.
+
+    Slurm, systemd and Ctrl-C signal every process. The main process then finishes its
+    step and saves, for which it may still need this worker's batch; after ten seconds,
+    or as soon as the loader is closed, the worker is gone all the same.
+    """
+    seed_worker(worker_id)
+    if os.name == "posix":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(10))
 
 
 def _epoch_batch_bound(k: int, rows: int, batch_size: int) -> int:
@@ -196,8 +225,12 @@ def _match_files(found: list[str], pattern: str) -> list[str]:
 
 def _list_data_files(
     paths: Any, suffixes: tuple[str, ...], filesystem: Any
-) -> tuple[Any, list[str]]:
-    """Return (Arrow filesystem, files) for files, folders, globs and URIs, sorted."""
+) -> tuple[Any, dict[str, str]]:
+    """Resolve files, folders, globs and URIs.
+
+    Returns:
+        (Arrow filesystem, path -> its part below the folder or glob it came from).
+    """
     pa_fs = _import_data_package("pyarrow.fs", "pyarrow")
 
     def adapt(fsspec_filesystem: Any) -> Any:
@@ -205,7 +238,7 @@ def _list_data_files(
 
     if filesystem is not None and not isinstance(filesystem, pa_fs.FileSystem):
         filesystem = adapt(filesystem)
-    files: list[str] = []
+    files: dict[str, str] = {}
     for given in [paths] if isinstance(paths, str | Path) else paths:
         path = str(given)
         if "://" in path:
@@ -223,7 +256,7 @@ def _list_data_files(
         try:
             info = filesystem.get_file_info(path)
             if info.type == pa_fs.FileType.File:
-                files.append(path)
+                files[path] = ""
                 continue
             folder = path.rstrip("/")
             if info.type == pa_fs.FileType.NotFound:
@@ -248,7 +281,7 @@ def _list_data_files(
             found = [name for name in found if name.endswith(suffixes)]
         if not found:
             raise DataError(f"no files of type {', '.join(suffixes)} in {given}")
-        files += found
+        files |= {name: name.removeprefix(folder) for name in found}
     if not files:
         raise DataError("the list of files is empty")
     return filesystem, files
@@ -318,7 +351,8 @@ class _BlockSource:
             raise ValueError(f"{on_error=}: must be 'raise' or 'skip'")
         np = _import_data_package("numpy", "numpy")
         pa = _import_data_package("pyarrow", "pyarrow")
-        self.filesystem, self.files = _list_data_files(paths, suffixes, filesystem)
+        self.filesystem, self.below = _list_data_files(paths, suffixes, filesystem)
+        self.files = list(self.below)
         self.wanted, self.on_error = columns, on_error
         self.given_types = {
             name: pa.type_for_alias(kind) if isinstance(kind, str) else kind
@@ -434,9 +468,9 @@ class _ParquetSource(_BlockSource):
         super().__init__(*args)
 
     def _hive_values(self, file: str) -> dict[str, Any]:
-        """Return the `key=value` folders of a path; whole numbers become int."""
+        """Return the `key=value` folders below the path that the user gave."""
         values: dict[str, Any] = {}
-        for part in file.split("/")[:-1]:
+        for part in self.below[file].split("/")[:-1]:
             key, equals, value = part.partition("=")
             if equals and key:
                 value = urllib.parse.unquote(value)
@@ -931,18 +965,14 @@ class _WindowFeed(IterableDataset):
         worker = get_worker_info()
         pa = _import_data_package("pyarrow", "pyarrow")
         source, layout = self.stream.source, self.layout
-        try:
-            for low, high, gaps, chunk in self.windows(worker.id, worker.num_workers):
-                texts = None
-                if layout.others:
-                    arrays = chunk[len(layout.matrices) :]
-                    batch = pa.record_batch(arrays, schema=layout.schema)
-                    texts = torch.frombuffer(batch.serialize(), dtype=torch.uint8)
-                skipped, self.told = source.skipped[self.told :], len(source.skipped)
-                yield low, high, gaps, texts, skipped
-        except DataError as error:
-            # A plain item: DataLoader would bury the message in a traceback.
-            yield str(error)
+        for low, high, gaps, chunk in self.windows(worker.id, worker.num_workers):
+            texts = None
+            if layout.others:
+                arrays = chunk[len(layout.matrices) :]
+                batch = pa.record_batch(arrays, schema=layout.schema)
+                texts = torch.frombuffer(batch.serialize(), dtype=torch.uint8)
+            skipped, self.told = source.skipped[self.told :], len(source.skipped)
+            yield low, high, gaps, texts, skipped
 
     def receive(self, items: Iterator[Any], workers: int) -> Iterator[Any]:
         """Put together what all workers tell of each window, as `windows` has it."""
@@ -952,9 +982,6 @@ class _WindowFeed(IterableDataset):
             told = list(itertools.islice(items, workers))
             if not told:
                 return
-            for item in told:
-                if isinstance(item, str):
-                    raise DataError(item)
             told.sort(key=lambda item: item[:2])
             gaps = [gap for _, _, lost, _, _ in told for gap in lost]
             chunk = self.layout.view(self.ring[number % len(self.ring)], self.rows)
@@ -1058,6 +1085,8 @@ class _WindowFeed(IterableDataset):
                 at = layout.fill(chunk, at, arrays)
                 for values, i in zip(others, layout.others, strict=True):
                     values.append(arrays[i])
+            if high == source.block_rows[block]:
+                del readers[block]  # closes the file
         except DataError as error:
             if source.on_error == "raise":
                 raise
@@ -1101,11 +1130,13 @@ def _cut_lines(
         if not block:
             return
         letters = np.frombuffer(block, np.uint8)
-        ends = np.flatnonzero(letters == 10)
-        if quote is not None:
-            quotes = np.flatnonzero(letters == quote)
-            if len(quotes):  # a newline after an odd number of quotes is text
-                ends = ends[np.searchsorted(quotes, ends) % 2 == 0]
+        if quote is None:
+            ends = np.flatnonzero(letters == 10)
+        else:  # a newline after an odd number of quotes is text
+            marks = np.flatnonzero((letters == 10) | (letters == quote))
+            quotes = letters[marks] == quote
+            inside = np.cumsum(quotes, dtype=np.int32) & 1 == 1
+            ends = marks[~quotes & ~inside]
         if not data and (not len(ends) or ends[-1] != len(block) - 1):
             ends = np.append(ends, len(block))
         if not len(ends):
@@ -1812,7 +1843,7 @@ def create_optimized_dataloader(
         "num_workers": num_workers,
         "pin_memory": device.type == "cuda",
         "persistent_workers": num_workers > 0,
-        "worker_init_fn": seed_worker,
+        "worker_init_fn": _start_loader_worker,
         "generator": torch.Generator().manual_seed(seed),
         "collate_fn": collate_fn,
     }
@@ -1902,3 +1933,117 @@ def tune_dataloader(
         report(f"the model takes {rate:.1f} batches/s: the {slower} is the bottleneck")
         result |= {"steps_per_s": rate, "bottleneck": slower}
     return result
+
+
+def read_columns(path: str, columns: Sequence[str]) -> dict[str, list[str]]:
+    """Columns of a CSV, JSONL or Parquet file as text, all rows in memory.
+
+    Raises:
+        DataError: the file is missing, damaged or of another kind, a column is missing
+            or has empty values.
+        ImportError: pyarrow is missing; says how to install it.
+    """
+    try:
+        import pyarrow
+        from pyarrow import csv, json, parquet
+    except ImportError as error:
+        raise ImportError(f"{path} needs pyarrow: pip install pyarrow") from error
+    kinds = {".csv": csv, ".jsonl": json, ".ndjson": json, ".parquet": parquet}
+    module = kinds.get(Path(path).suffix.lower())
+    if module is None:
+        raise DataError(f"{path}: give a file that ends with {', '.join(kinds)}")
+    try:
+        if module is csv:
+            newlines = csv.ParseOptions(newlines_in_values=True)
+            as_text = csv.ConvertOptions(
+                column_types=dict.fromkeys(columns, pyarrow.string()),
+                null_values=[""],  # not "NA" or "null", which may be words
+                strings_can_be_null=True,
+            )
+            table = csv.read_csv(path, parse_options=newlines, convert_options=as_text)
+        elif module is json:
+            table = json.read_json(path)
+        else:
+            table = parquet.read_table(path)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file: check --data") from None
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    if missing := [name for name in columns if name not in table.column_names]:
+        raise DataError(
+            f"{path}: has no column {' or '.join(missing)}, only"
+            f" {', '.join(table.column_names)}: choose from these"
+        )
+    for name in columns:
+        if empty := table[name].null_count:
+            raise DataError(
+                f"{path}: column {name} is empty in {empty} rows: fill them"
+            )
+    return {name: table[name].cast("string").to_pylist() for name in columns}
+
+
+def list_image_folder(folder: Path) -> tuple[list[str], list[str]]:
+    """The images in `folder/CLASS/`, in sorted order, and the class of each.
+
+    Raises:
+        DataError: there is no such folder, or no image in a folder of a class.
+    """
+    kinds = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+    paths = [p for p in sorted(folder.glob("*/*")) if p.suffix.lower() in kinds]
+    if not paths:
+        state = "holds no images" if folder.is_dir() else "is no folder"
+        raise DataError(f"{folder} {state}: expected FOLDER/CLASS/IMAGE.png or .jpg")
+    return [str(path) for path in paths], [path.parent.name for path in paths]
+
+
+def image_to_uint8(image: Any, size: int) -> torch.Tensor:
+    """A Pillow RGB image as bytes of shape (3, size, size).
+
+    Bytes, because they cost a quarter of floats to send to the GPU.
+    """
+    pixels = bytearray(image.resize((size, size)).tobytes())
+    image_HWC = torch.frombuffer(pixels, dtype=torch.uint8).view(size, size, 3)
+    return image_HWC.permute(2, 0, 1).contiguous()
+
+
+def number_classes(labels: Iterable[str]) -> tuple[list[str], list[int]]:
+    """The sorted names of the classes, and for each label the number of its class.
+
+    Raises:
+        DataError: there are fewer than two classes.
+    """
+    labels = list(labels)
+    classes = sorted(set(labels))
+    if len(classes) < 2:
+        raise DataError(
+            f"all {len(labels)} labels are {classes}: a classifier needs two classes"
+        )
+    numbers = {name: number for number, name in enumerate(classes)}
+    return classes, [numbers[label] for label in labels]
+
+
+def split_samples(
+    samples: Any, val_fraction: float, seed: int
+) -> tuple[Subset, Subset]:
+    """Samples to train on and samples to validate on, drawn at random.
+
+    Raises:
+        DataError: one of the two would be empty.
+    """
+    val_count = round(len(samples) * val_fraction)
+    if not 0 < val_count < len(samples):
+        raise DataError(
+            f"{val_count} of {len(samples)} samples would be kept for validation:"
+            " give more data or another val_fraction"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(samples), generator=generator).tolist()
+    return Subset(samples, order[val_count:]), Subset(samples, order[:val_count])
+
+
+def move_batches(
+    loader: Iterable[Sequence[torch.Tensor]], device: torch.device
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The batches of a loader on a device; pinned memory is copied without waiting."""
+    for batch in loader:
+        yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)

@@ -1,14 +1,16 @@
-"""The pages for readers are true: excerpt, table, commands, links, limits.
+"""The pages for readers are true: excerpts, table, commands, links, limits.
 
-`python tests/bundle/test_docs.py --update` writes the excerpt and the table of sections
-into README.md and README.ko.md again.
+`python tests/bundle/test_docs.py --update` writes the excerpts and the table of
+sections into README.md and README.ko.md again.
 """
 
+import ast
 import functools
 import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -48,13 +50,22 @@ def read(page: str) -> str:
     return (ROOT / page).read_text(encoding="utf-8")
 
 
-def make_excerpt() -> str:
-    """The first lines of a generated script, as a code block."""
+def make_excerpts() -> dict[str, str]:
+    """Parts of a generated script by their markers: its first lines, and its loop."""
     request, _ = check_request(
         "text", {"amp": None, "checkpointing": None}, "train.py", split=False
     )
-    lines = render_script(request).text.splitlines()[:EXCERPT_LINES]
-    return "\n".join(["```python", *lines, "```"])
+    text = render_script(request).text
+    start = text.index("        while run.epoch < ")
+    loop = text[start : text.index("            run.epoch += 1", start)].rstrip()
+    parts = {
+        "excerpt": text.splitlines()[:EXCERPT_LINES],
+        "loop": textwrap.dedent(loop).splitlines(),
+    }
+    return {
+        marker: "\n".join(["```python", *lines, "```"])
+        for marker, lines in parts.items()
+    }
 
 
 def template_cell(section: str) -> str:
@@ -89,10 +100,11 @@ def table_rows(page: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
 
 
-def test_excerpt_is_what_the_generator_writes():
+def test_excerpts_are_what_the_generator_writes():
     hint = "run: python tests/bundle/test_docs.py --update"
     for page in READMES:
-        assert marked(page, "excerpt") == make_excerpt(), hint
+        for marker, excerpt in make_excerpts().items():
+            assert marked(page, marker) == excerpt, hint
 
 
 def test_table_of_sections_is_that_of_the_generator():
@@ -218,6 +230,52 @@ def test_skill_is_valid_and_short():
     assert len(text) < 14_000
 
 
+def test_loop_of_the_skill_runs_and_learns(capsys):
+    (code,) = re.findall(r"^```python\n(.*?)^```", read("SKILL.md"), re.DOTALL | re.M)
+    exec(compile(code, "SKILL.md", "exec"), {})
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 5
+    assert losses[-1] < losses[0] / 2
+
+
+def test_names_in_the_skill_are_in_the_templates():
+    """Names that look like ours: with an underscore or in camel case, as code."""
+    owners = Library.load().owners
+    table = read("SKILL.md").partition("## Situation")[2].partition("## A minimal")[0]
+    names = re.findall(r"`([A-Za-z_]+)(?:\(\w*\))?`", table)
+    assert len(names) > 20
+    assert not [name for name in names if name not in owners]
+
+
+def unsafe_calls(source: str) -> list[str]:
+    """Calls through which a file that is read could run code of its own."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        keywords = {item.arg: ast.unparse(item.value) for item in node.keywords}
+        unsafe = ("eval", "exec", "yaml.load", "pickle.load", "pickle.loads")
+        if (
+            name in unsafe
+            or (name == "torch.load" and keywords.get("weights_only") != "True")
+            or keywords.get("shell") == "True"
+        ):
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_no_code_from_data():
+    for bad in ("eval(x)", "yaml.load(f)", "torch.load(f)", "run(x, shell=True)"):
+        assert unsafe_calls(bad) == [bad]
+    for folder in ("templates", "generator", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not unsafe_calls(path.read_text(encoding="utf-8")), path
+    for task in TASKS:  # what only the glue holds
+        request, _ = check_request(task, {"resume": None}, "train.py", split=False)
+        assert not unsafe_calls(render_script(request).text)
+
+
 def test_changelog_begins_with_this_version():
     newest = re.search(
         r"^## \[?(\d\S*?)\]? - \d{4}-\d\d-\d\d$", read("CHANGELOG.md"), re.M
@@ -262,7 +320,7 @@ def test_no_package_host_and_no_path_of_a_machine():
 
 
 def update() -> None:
-    """Write excerpt and table into both READMEs; Korean summaries stay."""
+    """Write excerpts and table into both READMEs; Korean summaries stay."""
     for page in READMES:
         # Without a row there yet, the English summary shows what to translate.
         summaries = {name: item.summary for name, item in SECTIONS.items()}
@@ -272,16 +330,10 @@ def update() -> None:
             summaries |= {
                 flags[row[0]]: row[1] for row in table_rows(page) if row[0] in flags
             }
-        header = old[:2] or [
-            "| Flag | What it does | Guide | In the templates |",
-            "|---|---|---|---|",
-        ]
-        table = [*header, *(make_row(name, summaries[name]) for name in SECTIONS)]
+        table = [*old[:2], *(make_row(name, summaries[name]) for name in SECTIONS)]
         text = read(page)
-        for marker, new in (
-            ("excerpt", make_excerpt()),
-            ("sections", "\n".join(table)),
-        ):
+        parts = {**make_excerpts(), "sections": "\n".join(table)}
+        for marker, new in parts.items():
             before, _, rest = text.partition(f"<!-- {marker} -->\n")
             after = rest.partition(f"<!-- /{marker} -->")[2]
             text = f"{before}<!-- {marker} -->\n\n{new}\n\n<!-- /{marker} -->{after}"

@@ -86,19 +86,24 @@ def test_split_writes_both_files_or_neither():
 
 
 def test_all_that_is_wrong_is_said_at_once(capsys):
-    words = ["--ampp", "--checkpointing=ful", "--accumulate=x", "--scheduler"]
+    words = ["--ampp", "--checkpointing=ful", "--accumulate=x", "--clip=0"]
     assert main([*words, "--task", "txt", "--split", "-o", "-"]) == 2
     err = capsys.readouterr().err
     for part in (
         "did you mean --amp?",
         "--checkpointing=ful: choose full or selective",
         "--accumulate=x: give a whole number from 2 to 1024",
-        "--scheduler needs a value",
+        "--clip=0: give a number from 1e-06 to 1e+06",
         "--task txt: choose text or image",
         "--split does not go with -o -",
     ):
         assert part in err
     assert not list(Path().iterdir())
+
+
+def test_a_missing_value_is_named(capsys):
+    assert main(["--amp", "--scheduler"]) == 2
+    assert "--scheduler: expected one argument" in capsys.readouterr().err
 
 
 def test_errors_as_json(capsys):

@@ -5,6 +5,7 @@ compared to the bit; dropout and augmentation are on.
 """
 
 import functools
+import os
 import random
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,13 +59,14 @@ def assert_as_uninterrupted(task: str, out_dir: Path) -> None:
     assert same(state, uninterrupted(task)[0])
 
 
-def start(script: Path, *words: str) -> subprocess.Popen:
+def start(script: Path, *words: str, **options: Any) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(script), *words],
         cwd=script.parent,
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        **options,
     )
 
 
@@ -133,6 +136,19 @@ def test_sigterm_saves_and_exits(tmp_path):
     state = list_training_states(tmp_path / "stopped/checkpoints")[-1]
     assert int(state.stem.split("-")[1]) % 7  # in the middle of an epoch
     assert "going on from" in run(script, *words, "--out-dir=stopped")
+    assert_as_uninterrupted("text", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_of_the_job_saves_as_well(number, tmp_path):
+    """Slurm and Ctrl-C reach the loader's workers too, which must go on for a while."""
+    script, words = write_job(tmp_path, "text")
+    words += ["--save-every=1000", "--num-workers=2"]
+    process = start(script, *words, "--out-dir=stopped", start_new_session=True)
+    wait_for_lines(tmp_path / "stopped/metrics.jsonl", 2, process)
+    os.killpg(process.pid, number)
+    assert process.wait(timeout=60) == 128 + number
+    run(script, *words, "--out-dir=stopped")
     assert_as_uninterrupted("text", tmp_path / "stopped")
 
 

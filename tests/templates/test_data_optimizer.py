@@ -18,6 +18,7 @@ from templates.data_optimizer import (
     create_optimized_dataloader,
     normalize_images,
     sample_generator,
+    _start_loader_worker,
     seed_worker,
     tune_dataloader,
 )
@@ -165,6 +166,7 @@ def test_factory_options_follow_device_and_cpus(monkeypatch, device, cpus, worke
     assert loader.pin_memory == (device == "cuda")
     assert loader.persistent_workers == (workers > 0)
     assert loader.prefetch_factor == (2 if workers else None)
+    assert loader.worker_init_fn is _start_loader_worker
 
 
 def test_factory_with_batch_sampler_shuffles_and_drops():

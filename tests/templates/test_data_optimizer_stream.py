@@ -4,7 +4,11 @@ import datetime
 import decimal
 import gzip
 import json
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -110,12 +114,13 @@ def test_every_row_once_at_any_batch_and_window_size(layout, shuffle, batch_size
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8, 100, 1024])
+@pytest.mark.parametrize(
+    "ranks", [1, 2, 3, 8, 100, pytest.param(1024, marks=pytest.mark.slow)]
+)
 def test_ranks_share_the_same_global_batches(layout, ranks):
     rows = np.array(LAYOUTS[layout])
     plan = _EpochPlan(rows, 128, 0, 0, True)
     whole = [sorted(batch) for batch in plan_batches(plan, 48)]
-    # Of 1024 ranks a sample, and the sum of all sizes below.
     shares = [plan_batches(plan, 48, rank, ranks) for rank in range(ranks)]
     for k, batch in enumerate(whole):
         sizes = [len(share[k]) for share in shares]
@@ -403,8 +408,9 @@ def test_folders_globs_lists_and_hive_partitions(tmp_path):
     assert batch["place"] == ["a", "b c", "a", "b c"]
     only = StreamingParquetDataset(tmp_path, filters=[("year", "==", 2024)])
     assert [r["year"] for r in only] == [2024, 2024]
-    some = StreamingParquetDataset(f"{tmp_path}/year=2023/*/*.parquet")
-    assert len(list(some)) == 2
+    some = list(StreamingParquetDataset(f"{tmp_path}/year=2023/*/*.parquet"))
+    assert len(some) == 2
+    assert set(some[0]) == {"id", "place"}, "folders above the data are no columns"
     assert len(list(StreamingParquetDataset(f"{tmp_path}/**/part.*"))) == 4
     with pytest.raises(DataError, match="no files"):
         StreamingParquetDataset(f"{tmp_path}/*.parquet")
@@ -599,8 +605,135 @@ def test_list_data_files_passes_over_hidden_files(tmp_path):
     assert [f.rpartition("/")[2] for f in files] == ["a.parquet", "b.parquet"]
 
 
+def test_many_small_files_are_not_all_open_at_once(tmp_path, monkeypatch):
+    for i in range(60):
+        write(tmp_path / f"{i:02d}.parquet", id=[i])
+    open_files = []
+    real = pq.ParquetFile.__init__
+
+    def count_open(self, *args, **options):
+        real(self, *args, **options)
+        open_files.append(len(os.listdir("/proc/self/fd")))
+
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("no /proc on this system")
+    data = StreamingParquetDataset(tmp_path, shuffle=True)
+    monkeypatch.setattr(pq.ParquetFile, "__init__", count_open)
+    before = len(os.listdir("/proc/self/fd"))
+    (batch,) = StreamBatchLoader(data, 60)
+    assert sorted(batch["id"].tolist()) == list(range(60))
+    assert max(open_files) < before + 20
+
+
 def test_gzip_of_python_is_read_too(tmp_path):
     path = tmp_path / "t.jsonl.gz"
     with gzip.open(path, "wt") as file:
         file.write('{"text": "a"}\n{"text": null}\n')
     assert list(StreamingTextDataset(path)) == ["a", None]
+
+
+# --- processes and object stores
+
+RANK_SCRIPT = """
+import json, sys
+import torch.distributed as dist
+from templates.data_optimizer import StreamBatchLoader, StreamingParquetDataset
+
+dist.init_process_group("gloo")
+data = StreamingParquetDataset(sys.argv[1], shuffle=True, window_rows=256)
+loader = StreamBatchLoader(data, 48, num_workers=dist.get_rank() % 2)
+loader.set_epoch(1, start=3)
+batches = [batch["id"].tolist() for batch in loader]
+everyone = [None] * dist.get_world_size()
+dist.all_gather_object(everyone, batches)
+if dist.get_rank() == 0:
+    print("RESULT", json.dumps(everyone))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_torchrun_ranks_share_the_batches(tmp_path, shards, ranks):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK_SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={ranks}", str(script), str(shards)]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))
+    everyone = json.loads(line.removeprefix("RESULT"))
+    whole = StreamBatchLoader(stream(shards), 48)
+    whole.set_epoch(1, start=3)
+    joined = [sorted(flat(shares)) for shares in zip(*everyone, strict=True)]
+    assert joined == [sorted(batch) for batch in ids(whole)]
+
+
+def test_streams_from_s3(shards):
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    try:
+        from pyarrow import fs
+
+        host, port = server.get_host_and_port()
+        s3 = fs.S3FileSystem(
+            access_key="a",
+            secret_key="b",
+            endpoint_override=f"http://{host}:{port}",
+            allow_bucket_creation=True,
+        )
+        s3.create_dir("bucket/data")
+        for file in shards.glob("*.parquet"):
+            with s3.open_output_stream(f"bucket/data/{file.name}") as target:
+                target.write(file.read_bytes())
+        with s3.open_output_stream("bucket/t.csv") as target:
+            target.write(b"text\none\ntwo\n")
+        local = ids(StreamBatchLoader(stream(shards), 64))
+        for workers in (0, 2):
+            remote = stream("bucket/data", filesystem=s3)
+            loader = StreamBatchLoader(remote, 64, num_workers=workers)
+            assert ids(loader) == local
+        assert len(list(stream("bucket/data/*.parquet", filesystem=s3))) == ROWS
+        texts = StreamingTextDataset("bucket/t.csv", filesystem=s3)
+        assert list(texts) == ["one", "two"]
+    finally:
+        server.stop()
+
+
+def test_memory_does_not_grow_with_the_file_or_over_epochs(tmp_path):
+    path = tmp_path / "big.parquet"
+    rows = 1 << 20
+    values = np.random.default_rng(0).standard_normal(rows)
+    table = {f"c{i}": values for i in range(16)}
+    pq.write_table(pa.table(table), path)  # one row group of 128 MB
+    del table
+    loader = StreamBatchLoader(StreamingParquetDataset(path, shuffle=True), 1024)
+
+    def private_mb():
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return next(int(x.split()[1]) for x in lines if "Pss_Anon" in x) / 1024
+
+    if not os.path.exists("/proc/self/smaps_rollup"):
+        pytest.skip("no smaps_rollup on this system")
+    before, highest = private_mb(), []
+    for _ in range(3):
+        highest.append(0)
+        for k, _ in enumerate(loader):
+            if k % 64 == 0:
+                highest[-1] = max(highest[-1], private_mb() - before)
+    assert max(highest) < 100
+    assert highest[2] < highest[1] + 10
+
+
+def test_an_epoch_left_early_does_not_leak_into_the_next(shards):
+    whole = ids(StreamBatchLoader(stream(shards), 64))
+    loader = StreamBatchLoader(stream(shards), 64, num_workers=2)
+    for stop in (1, 9):
+        for k, _ in enumerate(loader):
+            if k == stop:
+                break
+        loader.set_epoch(0)
+        assert ids(loader) == whole
+        loader.set_epoch(0)

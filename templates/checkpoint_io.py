@@ -51,7 +51,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w+b") as file:
+        with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -81,20 +81,30 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+class ChecksumWriter:
+    """A binary file that keeps the CRC-32 of all that is written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.crc = 0
+
+    def write(self, data: bytes) -> int:
+        self.crc = zlib.crc32(data, self.crc)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 # The checksum travels in the comment that every zip file may end with, so that it
 # cannot get lost or out of step, and torch.load reads the file as any other.
 CHECKSUM_LABEL = b"crc32:"
-CHECKSUM_ENDING = 2 + len(CHECKSUM_LABEL) + 8  # the comment and its length, in bytes
+CHECKSUM_SIZE = len(CHECKSUM_LABEL) + 8
 
 
-def compute_checksum(file: BinaryIO, length: int) -> bytes:
-    """The ending of a checkpoint file that vouches for the `length` bytes before it."""
-    file.seek(0)
-    crc = 0
-    while length > 0 and (block := file.read(min(length, 1 << 22))):
-        crc, length = zlib.crc32(block, crc), length - len(block)
-    comment = CHECKSUM_LABEL + f"{crc:08x}".encode()
-    return len(comment).to_bytes(2, "little") + comment
+def format_checksum(crc: int) -> bytes:
+    """The last bytes of a checkpoint file: the length of the comment, the comment."""
+    return CHECKSUM_SIZE.to_bytes(2, "little") + CHECKSUM_LABEL + b"%08x" % crc
 
 
 def write_checkpoint_file(state: Any, path: Path) -> None:
@@ -107,11 +117,10 @@ def write_checkpoint_file(state: Any, path: Path) -> None:
     state = to_loadable(state)
 
     def write(file: BinaryIO) -> None:
-        torch.save(state, file)
-        length = file.tell() - 2  # the rest is the length of the comment, so far 0
-        ending = compute_checksum(file, length)
-        file.seek(length)
-        file.write(ending)
+        checked = ChecksumWriter(file)
+        torch.save(state, checked)
+        file.seek(-2, os.SEEK_END)  # the length of the comment, 0 so far
+        file.write(format_checksum(checked.crc))
 
     write_atomically(path, write)
 
@@ -123,11 +132,15 @@ def find_damage(path: Path) -> str | None:
     checksum; in a file that `torch.save` wrote, with those of the zip records.
     """
     with open(path, "rb") as file:
-        length = file.seek(0, os.SEEK_END) - CHECKSUM_ENDING
-        file.seek(max(0, length))
+        left = file.seek(0, os.SEEK_END) - 2 - CHECKSUM_SIZE
+        file.seek(max(0, left))
         ending = file.read()
         if CHECKSUM_LABEL in ending:
-            intact = ending == compute_checksum(file, length)
+            file.seek(0)
+            crc = 0
+            while left > 0 and (block := file.read(min(left, 1 << 22))):
+                crc, left = zlib.crc32(block, crc), left - len(block)
+            intact = ending == format_checksum(zlib.crc32(b"\0\0", crc))
             return None if intact else "its checksum does not match"
     try:
         with zipfile.ZipFile(path) as archive:

@@ -22,6 +22,7 @@ from typing import (
     Annotated,
     Any,
     Literal,
+    NoReturn,
     TypeVar,
     Union,
     get_args,
@@ -221,6 +222,13 @@ def describe_fields(config_class: type) -> dict[str, str]:
     return {match[1]: match[2] for match in found if match}
 
 
+class ConfigArgumentParser(argparse.ArgumentParser):
+    """Raises ConfigError where argparse would print its usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see --help)")
+
+
 def parse_config(
     config_class: type[ConfigT],
     argv: Sequence[str] | None = None,
@@ -238,12 +246,11 @@ def parse_config(
         ConfigError: unknown options (with the nearest known one), unreadable files,
             values of the wrong type.
     """
-    parser = argparse.ArgumentParser(
+    parser = ConfigArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # only what was really given is set
         allow_abbrev=False,
-        exit_on_error=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON with settings")
     wanted = get_type_hints(config_class, include_extras=True)
@@ -260,10 +267,7 @@ def parse_config(
             choices = ",".join(map(str, get_args(wanted[field.name])))
             details["metavar"] = f"{{{choices}}}"
         parser.add_argument(flags[field.name], **details)
-    try:
-        given, unknown = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"{error} (see --help)") from None
+    given, unknown = parser.parse_known_args(argv)
     options = vars(given)
     path = options.pop("config", None)
     names = [word.partition("=")[0] for word in unknown if word.startswith("-")]

@@ -1004,7 +1004,7 @@ class _WindowFeed(IterableDataset):
         readers: dict[int, _BlockReader | None] = {}
         # While the caller orders and uses one window, the next is decoded: Arrow
         # releases the GIL. Workers have their own core for it.
-        threads = 1 if workers > 1 else max(1, min(4, _usable_cpu_count() - 1))
+        threads = 1 if workers > 1 else min(4, _usable_cpu_count())
         with ThreadPoolExecutor(threads) as pool:
             start = functools.partial(
                 self._start_window, pool, readers, worker, workers, spans
@@ -1994,16 +1994,6 @@ def list_image_folder(folder: Path) -> tuple[list[str], list[str]]:
         state = "holds no images" if folder.is_dir() else "is no folder"
         raise DataError(f"{folder} {state}: expected FOLDER/CLASS/IMAGE.png or .jpg")
     return [str(path) for path in paths], [path.parent.name for path in paths]
-
-
-def image_to_uint8(image: Any, size: int) -> torch.Tensor:
-    """A Pillow RGB image as bytes of shape (3, size, size).
-
-    Bytes, because they cost a quarter of floats to send to the GPU.
-    """
-    pixels = bytearray(image.resize((size, size)).tobytes())
-    image_HWC = torch.frombuffer(pixels, dtype=torch.uint8).view(size, size, 3)
-    return image_HWC.permute(2, 0, 1).contiguous()
 
 
 def number_classes(labels: Iterable[str]) -> tuple[list[str], list[int]]:

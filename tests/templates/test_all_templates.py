@@ -152,7 +152,16 @@ def test_all_that_is_public_has_a_docstring(template):
 
 
 # Of interfaces that everyone knows; what they do here is said by the class.
-PROTOCOL_METHODS = {"forward", "write", "flush", "read", "close", "seek", "tell"}
+PROTOCOL_METHODS = {
+    "forward",
+    "error",
+    "write",
+    "flush",
+    "read",
+    "close",
+    "seek",
+    "tell",
+}
 
 DANGEROUS = {
     "weights_only off": r"weights_only\s*=\s*(False|None)",

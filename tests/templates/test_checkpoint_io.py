@@ -417,6 +417,19 @@ def test_all_that_was_saved_comes_back(tmp_path):
     assert equal(load_checkpoint(path, other), checkpoint)
 
 
+def test_what_a_gpu_saved_loads_on_a_machine_without_one(tmp_path, monkeypatch):
+    model, path = small_model(), tmp_path / "a.pt"
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+        save_checkpoint(model, None, 1, path)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="on a CUDA device"):
+            torch.load(path)  # the seed's way, without device=
+    weights = load_checkpoint(path, small_model())["model_state_dict"]
+    assert equal(weights, model.state_dict())
+    assert not weights["0.weight"].is_cuda
+
+
 def test_names_of_the_checkpoints_own_parts_are_refused(tmp_path):
     with pytest.raises(ValueError, match="model_state_dict is saved already"):
         save_checkpoint(nn.Linear(1, 1), None, 1, tmp_path / "a", model_state_dict={})

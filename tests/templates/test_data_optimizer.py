@@ -14,11 +14,11 @@ from templates.data_optimizer import (
     LazyImageDataset,
     ResumableBatchSampler,
     TokenBudgetBatchSampler,
+    _start_loader_worker,
     collate_images,
     create_optimized_dataloader,
     normalize_images,
     sample_generator,
-    _start_loader_worker,
     seed_worker,
     tune_dataloader,
 )

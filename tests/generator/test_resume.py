@@ -66,6 +66,8 @@ def start(script: Path, *words: str, **options: Any) -> subprocess.Popen:
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        # A job in a shell's background ignores Ctrl-C; these tests may be run in one.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         **options,
     )
 

@@ -76,18 +76,21 @@ def test_a_retry_repeats_dropout_to_the_bit(tmp_path):
     assert log == (tmp_path / "small/metrics.jsonl").read_text()
 
 
-def test_an_out_of_memory_midway_is_retried_with_the_same_dropout(tmp_path):
-    """Against a run whose micro-batch is set to 8 at the same step, without a fault."""
-    script = write_script(tmp_path, *FLAGS)
+def test_an_out_of_memory_midway_leaves_nothing_behind(tmp_path):
+    """In the second half of step 3, when the first has left its gradients already.
+
+    Against a run whose micro-batch is set to 4 at that step, without a fault.
+    """
+    script = write_script(tmp_path, *FLAGS, "--accumulate=2")
     words = data_words("text", tmp_path)
-    fault = SHORT_OF_MEMORY.format(first=5, room=8)
+    fault = SHORT_OF_MEMORY.format(first=5, room=4)
     run(script, *words, "--out-dir=oom", inject=fault)
     planned = """
 real, calls = script.train_with_oom_recovery, []
-def halve_from_step_six(train_fn, size, **options):
+def halve_from_step_three(train_fn, size, **options):
     calls.append(1)
-    return real(train_fn, 8 if len(calls) > 5 else size, **options)
-script.train_with_oom_recovery = halve_from_step_six
+    return real(train_fn, 4 if len(calls) > 2 else size, **options)
+script.train_with_oom_recovery = halve_from_step_three
 """
     run(script, *words, "--out-dir=planned", inject=planned)
     assert same(weights(tmp_path / "oom"), weights(tmp_path / "planned"))

@@ -120,3 +120,15 @@ def largest_difference(left: dict, right: dict) -> float:
     """Over two dicts of tensors."""
     assert left.keys() == right.keys()
     return max((left[k].double() - right[k].double()).abs().max().item() for k in left)
+
+
+# To inject: the process ends after its fourth save of the training state.
+END_AFTER_FOUR_SAVES = """
+real, calls = script.save_training_state, []
+def save(*args, **kwargs):
+    real(*args, **kwargs)
+    calls.append(1)
+    if len(calls) == 4:
+        raise SystemExit(1)
+script.save_training_state = save
+"""

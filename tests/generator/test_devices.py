@@ -9,6 +9,7 @@ import torch
 from generator.options import TASKS
 
 from .scripts import (
+    END_AFTER_FOUR_SAVES,
     data_words,
     largest_difference,
     newest_state,
@@ -85,17 +86,8 @@ def test_gpu_trains_and_resumes_exactly(task, dtype, tmp_path):
     words = [*data_words(task, tmp_path), f"--dtype={dtype}", "--num-workers=2"]
     output = run(script, *words, "--out-dir=whole")
     assert "cuda" in output.lower()
-    fault = """
-real, calls = script.save_training_state, []
-def save(*args, **kwargs):
-    real(*args, **kwargs)
-    calls.append(1)
-    if len(calls) == 4:
-        raise SystemExit(1)
-script.save_training_state = save
-"""
     words += ["--save-every=2"]
-    run(script, *words, "--out-dir=killed", expect=1, inject=fault)
+    run(script, *words, "--out-dir=killed", expect=1, inject=END_AFTER_FOUR_SAVES)
     run(script, *words, "--out-dir=killed")
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
     whole, killed = (

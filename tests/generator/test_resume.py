@@ -20,7 +20,15 @@ import pytest
 from generator.options import TASKS
 from templates.checkpoint_io import find_damage, list_training_states
 
-from .scripts import data_words, environment, newest_state, run, same, write_script
+from .scripts import (
+    END_AFTER_FOUR_SAVES,
+    data_words,
+    environment,
+    newest_state,
+    run,
+    same,
+    write_script,
+)
 
 SECTIONS = (
     "--resume",
@@ -156,16 +164,7 @@ def test_a_signal_to_all_processes_of_the_job_saves_as_well(number, tmp_path):
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(tmp_path):
     script, words = write_job(tmp_path, "image")
-    inject = """
-real, calls = script.save_training_state, []
-def save(*args, **kwargs):
-    real(*args, **kwargs)
-    calls.append(1)
-    if len(calls) == 4:
-        raise SystemExit(1)
-script.save_training_state = save
-"""
-    run(script, *words, "--out-dir=hurt", expect=1, inject=inject)
+    run(script, *words, "--out-dir=hurt", expect=1, inject=END_AFTER_FOUR_SAVES)
     newest = list_training_states(tmp_path / "hurt/checkpoints")[-1]
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 4

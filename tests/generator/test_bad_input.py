@@ -39,6 +39,7 @@ CSV = "text,label\nfirst,a\nsecond,b\n"
         (["--batch-size", "0"], ["batch_size", "0", "at least 1"]),
         (["--learning-rate", "fast"], ["learning_rate", "fast", "number"]),
         (["--dtype", "fp8"], ["dtype", "fp8", "fp32, fp16, bf16"]),
+        (["--num-workers", "100000"], ["num_workers", "100000", "at most 256"]),
         (["--val-fraction", "1.5"], ["val_fraction", "1.5", "at most 1"]),
         (["--config", "none.yaml"], ["none.yaml", "--config"]),
         (["--config", "bad.yaml"], ["bad.yaml", "batchsize", "batch_size", "epochs"]),

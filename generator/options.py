@@ -1,6 +1,7 @@
 """What can be asked for: tasks and sections, and the check of a request."""
 
 import difflib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -16,6 +17,7 @@ class Task:
     builtin: str  # the data it has without --data
     own_data: str  # what --data takes
     example: str  # the options of a run on one's own data
+    edit: str  # the functions that a user makes his own
     legend: str  # of the shape suffixes
     packages: tuple[str, ...]  # to install, for the built-in data
     own_packages: tuple[str, ...]  # and for --data
@@ -33,6 +35,7 @@ TASKS = {
             builtin="docstrings of the standard library, by package",
             own_data="a CSV, JSONL or Parquet file",
             example="--data reviews.csv --text-column review --label-column stars",
+            edit="build_model, build_datasets, collate and compute_loss",
             legend="T tokens, D width, C classes",
             packages=("torch",),
             own_packages=("torch", "pyarrow"),
@@ -46,6 +49,7 @@ TASKS = {
             builtin="scikit-learn's handwritten digits, written out as PNG",
             own_data="a folder with one folder of images a class",
             example="--data photos --image-size 128",
+            edit="build_model, build_datasets and compute_loss",
             legend="C channels or classes, H height, W width, D features",
             packages=("torch", "pillow", "scikit-learn"),
             own_packages=("torch", "pillow"),
@@ -155,7 +159,7 @@ SECTIONS = {
             "evaluate and save averaged weights, with decay N (0.999)",
             "12",
             number=float,
-            bounds=(0, 0.999999),
+            bounds=(1e-6, 0.999999),
             default=0.999,
         ),
         Section(
@@ -171,7 +175,7 @@ SECTIONS = {
         ),
         Section("resume", "run again to go on exactly where a killed run stood", "7"),
         Section(
-            "deterministic", "deterministic kernels: the same bits in every run", "8"
+            "deterministic", "deterministic kernels wherever PyTorch has them", "8"
         ),
     )
 }
@@ -195,8 +199,7 @@ class Request:
             if value is True:
                 words.append(section.flag)
             elif value is not None:
-                shown = f"{value:g}" if isinstance(value, float) else str(value)
-                words.append(f"{section.flag}={shown}")
+                words.append(f"{section.flag}={value}")
         return [*words, *["--split"][: self.split], "-o", self.output]
 
 
@@ -217,7 +220,12 @@ CONFLICTS = (
     Conflict("--force", "-o -", "leave --force out, nothing is overwritten"),
     *(
         Conflict("--extract", flag, f"leave {flag} out, only the names count")
-        for flag in ("--task", "--split", *(item.flag for item in SECTIONS.values()))
+        for flag in (
+            "--task",
+            "--split",
+            "--json",
+            *(item.flag for item in SECTIONS.values()),
+        )
     ),
     *(
         Conflict("--list", flag, "leave one of them out")
@@ -250,7 +258,12 @@ def check_request(
             values[name] = SECTIONS[name].convert(text)
         except ValueError as error:
             problems.append(str(error))
-    if split and not PurePath(output).stem.isidentifier():
+    stem = PurePath(output).stem
+    if stem in {*sys.stdlib_module_names, "torch"}:
+        problems.append(f"-o {output}: would hide Python's {stem}: choose another name")
+    if any(character in output for character in '"\\\n'):
+        problems.append(f"-o {output!r}: leave out quotes, backslashes, line ends")
+    if split and not stem.isidentifier():
         problems.append(
             f"--split -o {output}: the script imports its tools by that name:"
             " use letters, digits and _, such as -o train.py"

@@ -78,7 +78,7 @@ def render_script(request: Request, library: Library | None = None) -> Script:
         **request.sections,
         "task": request.task,
         "version": __version__,
-        "script": script_name,
+        "script": shlex.quote(script_name),
         "summary": textwrap.fill(
             f"Train {request.task.subject} with {describe_sections(request)}.", 80
         ),
@@ -103,5 +103,6 @@ def render_definitions(names: list[str], library: Library) -> str:
     """The named template definitions and what they need, as one Python file."""
     command = wrap_command(["generate-script", "--extract", *names])
     title = f"{', '.join(names)}: stitched by pytorch-optimization {__version__}."
-    header = f'"""{textwrap.fill(title, 80)}\n\nThe same again:\n{command}\n"""'
+    raw = "r" * ("\\" in command)  # a command of several lines
+    header = f'{raw}"""{textwrap.fill(title, 80)}\n\nThe same again:\n{command}\n"""'
     return stitch_definitions(names, header, library)

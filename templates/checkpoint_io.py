@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import enum
 import json
+import math
 import os
 import pickle
 import random
@@ -466,7 +467,14 @@ def resume_training_state(
 
 
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one line of JSON to a file, at once: a killed process loses none."""
+    """Add one line of JSON to a file, at once: a killed process loses none.
+
+    NaN and infinity, which JSON has not, become null.
+    """
+    record = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in record.items()
+    }
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 

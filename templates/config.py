@@ -306,6 +306,7 @@ def continue_run(config: Any, out_dir: str, may_change: Collection[str]) -> Path
         ConfigError: another setting differs from the one that the run began with.
     """
     path = Path(out_dir) / "config.json"
+    began: dict[str, Any] = {}
     if path.exists():
         began = read_config_file(str(path))
         changed = [
@@ -318,7 +319,8 @@ def continue_run(config: Any, out_dir: str, may_change: Collection[str]) -> Path
                 f"{out_dir} holds a run with other settings ({'; '.join(changed)}):"
                 " put them back, or start another run with --out-dir"
             )
-    write_settings(path, config)
+    if began != asdict(config):
+        write_settings(path, config)
     return path.parent
 
 

@@ -1964,22 +1964,27 @@ def read_columns(path: str, columns: Sequence[str]) -> dict[str, list[str]]:
         elif module is json:
             table = json.read_json(path)
         else:
-            table = parquet.read_table(path)
+            table = parquet.ParquetFile(path)
+        names = table.schema_arrow.names if module is parquet else table.column_names
+        if missing := [name for name in columns if name not in names]:
+            raise DataError(
+                f"{path}: has no column {' or '.join(missing)}, only"
+                f" {', '.join(names)}: choose from these"
+            )
+        if module is parquet:
+            table = table.read(list(columns))
+        texts = {name: table[name].cast("string") for name in columns}
     except FileNotFoundError:
         raise DataError(f"{path}: no such file: check --data") from None
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    if missing := [name for name in columns if name not in table.column_names]:
-        raise DataError(
-            f"{path}: has no column {' or '.join(missing)}, only"
-            f" {', '.join(table.column_names)}: choose from these"
-        )
-    for name in columns:
-        if empty := table[name].null_count:
+    except (OSError, KeyError, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error).split())[:300]  # Arrow's may list the whole file
+        raise DataError(f"{path}: cannot be read as text: {reason}") from error
+    for name, text in texts.items():
+        if text.null_count:
             raise DataError(
-                f"{path}: column {name} is empty in {empty} rows: fill them"
+                f"{path}: column {name} is empty in {text.null_count} rows: fill them"
             )
-    return {name: table[name].cast("string").to_pylist() for name in columns}
+    return {name: text.to_pylist() for name, text in texts.items()}
 
 
 def list_image_folder(folder: Path) -> tuple[list[str], list[str]]:
@@ -1989,7 +1994,11 @@ def list_image_folder(folder: Path) -> tuple[list[str], list[str]]:
         DataError: there is no such folder, or no image in a folder of a class.
     """
     kinds = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-    paths = [p for p in sorted(folder.glob("*/*")) if p.suffix.lower() in kinds]
+    paths = [
+        path
+        for path in sorted(folder.glob("*/*"))
+        if path.suffix.lower() in kinds and not path.name.startswith(".")
+    ]
     if not paths:
         state = "holds no images" if folder.is_dir() else "is no folder"
         raise DataError(f"{folder} {state}: expected FOLDER/CLASS/IMAGE.png or .jpg")
@@ -2035,5 +2044,8 @@ def move_batches(
     loader: Iterable[Sequence[torch.Tensor]], device: torch.device
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """The batches of a loader on a device; pinned memory is copied without waiting."""
+    pinned = (
+        device.type == "cuda"
+    )  # elsewhere a copy that goes on may read freed memory
     for batch in loader:
-        yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)
+        yield tuple(tensor.to(device, non_blocking=pinned) for tensor in batch)

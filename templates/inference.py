@@ -71,7 +71,9 @@ def _launch_inference(
     device: torch.device,
     process_output: Callable[[Any], Any] | None,
 ) -> tuple[Any, list]:
-    batch = _map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
+    # Only from pinned memory to CUDA: elsewhere it may read what is freed meanwhile.
+    pinned = device.type == "cuda"
+    batch = _map_tensors(lambda tensor: tensor.to(device, non_blocking=pinned), batch)
     args, kwargs = (batch,), {}
     if isinstance(batch, dict):
         args, kwargs = (), batch

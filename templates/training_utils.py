@@ -396,6 +396,20 @@ def _spare_running_statistics(
             norm._buffers.update(buffers)
 
 
+class _RepeatedContext(contextlib.AbstractContextManager):
+    """A context made anew each time it is entered: backward may run twice."""
+
+    def __init__(self, make: Callable[[], contextlib.AbstractContextManager]):
+        self.make = make
+
+    def __enter__(self) -> Any:
+        self.context = self.make()
+        return self.context.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self.context.__exit__(*error)
+
+
 def _checkpoint_contexts(
     block: nn.Module, selective: bool
 ) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
@@ -405,7 +419,8 @@ def _checkpoint_contexts(
         if selective
         else (contextlib.nullcontext(), contextlib.nullcontext())
     )
-    return forward_context, _spare_running_statistics(block, recompute_context)
+    spare = functools.partial(_spare_running_statistics, block, recompute_context)
+    return forward_context, _RepeatedContext(spare)
 
 
 def _checkpointed_call(
@@ -583,7 +598,7 @@ def _is_compile_failure(error: Exception) -> bool:
     )
 
 
-def _remember_forward_state(model: nn.Module) -> Callable[[], None]:
+def remember_forward_state(model: nn.Module) -> Callable[[], None]:
     """Return a function that restores what a forward changes: generators, buffers."""
     buffers = list(model.buffers())
     kept = [buffer.clone() for buffer in buffers]
@@ -653,7 +668,7 @@ def compile_model_if_available(
         nonlocal succeeded
         restore, context = None, contextlib.nullcontext()
         if not succeeded:
-            restore = _remember_forward_state(model)
+            restore = remember_forward_state(model)
             context = _compiler_warnings_ignored()
         try:
             with context:

@@ -39,6 +39,8 @@ CSV = "text,label\nfirst,a\nsecond,b\n"
         (["--batch-size", "0"], ["batch_size", "0", "at least 1"]),
         (["--learning-rate", "fast"], ["learning_rate", "fast", "number"]),
         (["--dtype", "fp8"], ["dtype", "fp8", "fp32, fp16, bf16"]),
+        (["--seed", "99999999999999999999"], ["seed", "at most"]),
+        (["--weight-decay", "-1"], ["weight_decay", "at least 0"]),
         (["--num-workers", "100000"], ["num_workers", "100000", "at most 256"]),
         (["--val-fraction", "1.5"], ["val_fraction", "1.5", "at most 1"]),
         (["--config", "none.yaml"], ["none.yaml", "--config"]),
@@ -59,6 +61,20 @@ def test_text(words, parts, text_script):
     for part in parts:
         assert part in line
     assert not (folder / "unused/best.pt").exists()
+
+
+def test_torchrun_is_refused(text_script):
+    output = run(text_script, expect=2, WORLD_SIZE="2")
+    assert "start it with python, not with torchrun" in output
+
+
+def test_resuming_with_other_data_is_refused(tmp_path):
+    script = write_script(tmp_path, "--resume")
+    words = data_words("text", tmp_path)
+    run(script, *words, "--out-dir=run")
+    write_text_data(tmp_path, rows=110)
+    line = refusal(script, *words, "--out-dir=run")
+    assert "99 samples to train on, but 108 when the run began" in line
 
 
 def test_config_file_and_command_line(text_script):

@@ -237,3 +237,10 @@ def test_unwritable_folder_is_a_clear_error(capsys):
     assert main(["-o", "file/train.py"]) == 2
     assert "file/train.py cannot be written" in capsys.readouterr().err
     assert os.listdir() == ["file"]
+
+
+@pytest.mark.parametrize("name", ["random.py", "torch.py", 'a"b.py'])
+def test_names_that_would_break_the_script_are_refused(name, capsys):
+    assert main(["-o", name]) == 2
+    assert "-o" in capsys.readouterr().err
+    assert not list(Path().iterdir())

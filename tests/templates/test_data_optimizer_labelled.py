@@ -74,6 +74,18 @@ def test_damage_is_named(kind, tmp_path):
         read_columns(str(path), ["text"])
 
 
+def test_a_column_that_is_no_text_is_refused_in_one_line(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "data.parquet"
+    bad = [[1], [2]], [{"a": 1}, {"a": 2}], [b"\xff", b"ok"]
+    for values in bad:
+        parquet.write_table(pyarrow.table({"text": values}), path)
+        with pytest.raises(DataError, match=r"data\.parquet: cannot be read as text"):
+            read_columns(str(path), ["text"])
+
+
 def test_missing_file_unknown_kind_and_folder(tmp_path):
     with pytest.raises(DataError, match=r"none\.csv: no such file"):
         read_columns(str(tmp_path / "none.csv"), ["text"])

@@ -703,3 +703,18 @@ def test_a_real_compiled_training_step_on_a_gpu():
         got = train_step(model, x)
         assert_same_step(got[:2], expected[:2], rtol=1e-3, atol=1e-4)
     assert reports == []
+
+
+@pytest.mark.parametrize("mode", MODES[:1])
+def test_backward_may_run_twice_through_a_checkpointed_block(mode):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2))
+    )
+    enable_gradient_checkpointing(model, mode)
+    loss = model.train()(torch.randn(3, 4)).sum()
+    loss.backward(retain_graph=True)
+    once = [parameter.grad.clone() for parameter in model.parameters()]
+    loss.backward()
+    for parameter, gradient in zip(model.parameters(), once, strict=True):
+        torch.testing.assert_close(parameter.grad, 2 * gradient)

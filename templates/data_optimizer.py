@@ -111,14 +111,14 @@ def _start_loader_worker(worker_id: int) -> None:
     """Seed a worker, and let it outlive a stop signal that goes to the whole job.
 
     Slurm, systemd and Ctrl-C signal every process. The main process then finishes its
-    step and saves, for which it may still need this worker's batch; after ten seconds,
+    step and saves, for which it may still need this worker's batch; after five seconds,
     or as soon as the loader is closed, the worker is gone all the same.
     """
     seed_worker(worker_id)
     if os.name == "posix":
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
-        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(10))
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(5))
 
 
 def _epoch_batch_bound(k: int, rows: int, batch_size: int) -> int:
@@ -1997,7 +1997,9 @@ def list_image_folder(folder: Path) -> tuple[list[str], list[str]]:
     paths = [
         path
         for path in sorted(folder.glob("*/*"))
-        if path.suffix.lower() in kinds and not path.name.startswith(".")
+        if path.suffix.lower() in kinds
+        and not path.name.startswith(".")  # macOS's copies of metadata
+        and not path.parent.name.startswith(".")  # .ipynb_checkpoints
     ]
     if not paths:
         state = "holds no images" if folder.is_dir() else "is no folder"

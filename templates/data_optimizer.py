@@ -21,6 +21,7 @@ More than memory holds goes through a stream and its own loader:
 Sizes in names: B batch, C channel, H height, W width.
 """
 
+import abc
 import contextlib
 import fnmatch
 import functools
@@ -325,7 +326,7 @@ def _tensor_type(pa: Any, kind: Any) -> Any:
     return kind if any(is_plain(kind) for is_plain in plain) else None
 
 
-class _BlockSource:
+class _BlockSource(abc.ABC):
     """Rows of many files as blocks that can be read apart from each other.
 
     Attributes:
@@ -399,13 +400,13 @@ class _BlockSource:
                 "on_error='skip'"
             )
 
+    @abc.abstractmethod
     def _index_file(self, file: str) -> tuple[Any, list[int], list[Any], int]:
         """Return a file's schema, the rows and key of each block, and its bytes."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _read_raw(self, block: int, batch_rows: int) -> Iterator[Any]:
         """Yield a block as Arrow record batches of at most about batch_rows rows."""
-        raise NotImplementedError
 
     def _check_schema(self, file: str, schema: Any) -> None:
         """Take the columns from the first file and hold the others against them."""

@@ -301,7 +301,12 @@ def tracked_files() -> list[Path]:
 
 
 # Written so that this file does not hold what it looks for.
-HOSTS = ("pypi[.]org", "pythonhosted[.]org", "download[.]pytorch[.]org", "anaconda[.]")
+HOSTS = (
+    "pypi[.]org",
+    "pythonhoste[d][.]org",
+    "download[.]pytorch[.]org",
+    "anaconda[.]",
+)
 FOLDERS = "work|home|root|Users|opt|mnt|private"
 MACHINE_PATHS = (rf"(?<![\w.)}}\]-])/(?:{FOLDERS})/\w", r"\b[A-Z]:\\Users")
 UNWANTED = re.compile("|".join([*HOSTS, *MACHINE_PATHS]))

@@ -96,6 +96,21 @@ script.train_with_oom_recovery = halve_from_step_three
     assert same(weights(tmp_path / "oom"), weights(tmp_path / "planned"))
 
 
+def test_a_retry_leaves_batch_norm_as_if_nothing_had_failed(tmp_path):
+    edits = {"nn.GroupNorm(8, width)": "nn.BatchNorm2d(width)"}
+    script = write_script(tmp_path, "--task=image", *FLAGS, edits=edits)
+    words = [*data_words("image", tmp_path), "--epochs=1"]
+    # The batch has gone through the model when memory runs out.
+    fault = SHORT_OF_MEMORY.format(first=0, room=8)
+    run(script, *words, "--out-dir=oom", inject=fault)
+    planned = """
+real = script.train_with_oom_recovery
+script.train_with_oom_recovery = lambda f, size, **options: real(f, 8, **options)
+"""
+    run(script, *words, "--out-dir=planned", inject=planned)
+    assert same(weights(tmp_path / "oom"), weights(tmp_path / "planned"))
+
+
 def test_other_errors_pass_and_hopeless_ones_say_what_was_tried(tmp_path):
     script = write_script(tmp_path, "--oom-recovery")
     words = data_words("text", tmp_path)

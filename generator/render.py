@@ -12,20 +12,6 @@ from .stitch import Library, Script, stitch_definitions, stitch_script
 
 GLUE = Path(__file__).resolve().parent / "glue"
 
-PHRASES = {
-    "amp": "mixed precision",
-    "checkpointing": "{} activation checkpointing",
-    "compile": "torch.compile",
-    "accumulate": "gradient accumulation",
-    "clip": "gradient clipping",
-    "scheduler": "a {} schedule with warm-up",
-    "ema": "averaged weights (EMA)",
-    "early_stopping": "early stopping",
-    "oom_recovery": "recovery from out of memory",
-    "resume": "exact resume",
-    "deterministic": "deterministic kernels",
-}
-
 
 def make_environment() -> Environment:
     """Jinja for Python source: an unknown name is an error, whole lines vanish."""
@@ -55,7 +41,7 @@ def wrap_command(words: list[str], width: int = 88) -> str:
 def describe_sections(request: Request) -> str:
     """The chosen sections in words, in the order of the guide."""
     phrases = [
-        PHRASES[name].format(request.sections[name])
+        SECTIONS[name].phrase.format(request.sections[name])
         for name in SECTIONS
         if name in request.sections
     ]
@@ -77,6 +63,7 @@ def render_script(request: Request, library: Library | None = None) -> Script:
         **dict.fromkeys(SECTIONS, False),
         **request.sections,
         "task": request.task,
+        "model": request.model,
         "version": __version__,
         "script": shlex.quote(script_name),
         "summary": textwrap.fill(

@@ -73,6 +73,25 @@ TASKS = {
             batch_size=32,
             learning_rate=2e-3,
         ),
+        Task(
+            name="lm",
+            subject="a language model",
+            builtin="source code of the standard library, as bytes",
+            own_data="text files, a folder or glob of them, Parquet or JSONL",
+            example="--data 'corpus/**/*.txt' --max-tokens 512",
+            settings=(
+                'data: str = ""  # text files, Parquet, JSONL; empty: Python\'s source',
+                'text_column: str = "text"  # column to read from Parquet or JSONL',
+                "max_tokens: Count = 128  # of a sample, what the model sees at once",
+            ),
+            edit="build_model, encode, build_datasets and compute_loss",
+            legend="T tokens, D width, H heads, V vocabulary",
+            packages=("torch",),
+            own_packages=("torch",),
+            epochs=1,
+            batch_size=16,
+            learning_rate=2e-3,
+        ),
     )
 }
 

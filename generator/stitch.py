@@ -22,7 +22,10 @@ TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
 MODULE_ORDER = (
     "config",
     "device_manager",
+    "builtin_models",
     "builtin_data",
+    "language_data",
+    "loaders",
     "data_optimizer",
     "training_utils",
     "error_handlers",

@@ -61,7 +61,9 @@ def is_legal(row: list[tuple[str, str | None]]) -> bool:
     """Whether the flags of a row, or of the beginning of one, go together."""
     flags = {flag for _, flag in row if flag}
     flags |= {flag.partition("=")[0] for flag in flags}
-    absent = {SECTIONS[name].flag for name, flag in row if not flag and name in SECTIONS}
+    absent = {
+        SECTIONS[name].flag for name, flag in row if not flag and name in SECTIONS
+    }
     lacking = any(r.first in flags and r.needed in absent for r in REQUIREMENTS)
     return not lacking and not any("go with" in text for text in find_conflicts(flags))
 
@@ -151,7 +153,9 @@ def some_rows(count: int) -> list[dict[str, str | None]]:
         for name, flags in VALUES.items():
             rows += [{"task": task, name: flag} for flag in flags if name != "task"]
         for preset in PRESETS.values():
-            row = {n: SECTIONS[n].flag + (f"={v}" if v else "") for n, v in preset.items()}
+            row = {
+                n: SECTIONS[n].flag + (f"={v}" if v else "") for n, v in preset.items()
+            }
             rows.append({"task": task} | row)
         everything = {n: flags[-1] for n, flags in VALUES.items()} | {"task": task}
         rows += [everything | {name: None} for name in SECTIONS]

@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -372,11 +373,23 @@ def list_as_text() -> str:
     rows += ["", "Presets (--preset):"]
     for name, preset in PRESETS.items():
         flags = [SECTIONS[n].flag + (f"={v}" if v else "") for n, v in preset.items()]
-        rows.append(f"  {name:12} {' '.join(flags)}")
+        rows += textwrap.wrap(
+            f"{name:12} {' '.join(flags)}",
+            88,
+            initial_indent="  ",
+            subsequent_indent=" " * 15,
+            break_on_hyphens=False,
+        )
     rows += ["", "Need another:"]
     rows += [f"  {item}" for item in REQUIREMENTS]
     rows += ["", "Do not go together:"]
     for first in dict.fromkeys(conflict.first for conflict in CONFLICTS):
         others = [c.second for c in CONFLICTS if c.first == first]
-        rows.append(f"  {first} with {', '.join(others)}")
+        rows += textwrap.wrap(
+            f"{first} with {', '.join(others)}",
+            88,
+            initial_indent="  ",
+            subsequent_indent="      ",
+            break_on_hyphens=False,
+        )
     return "\n".join(rows)

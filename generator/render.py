@@ -2,20 +2,37 @@
 
 import shlex
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path, PurePath
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from . import __version__
 from .options import SECTIONS, Request
-from .stitch import Library, Script, stitch_definitions, stitch_script
+from .stitch import LINE_LENGTH, Library, Script, stitch_definitions, stitch_script
 
 GLUE = Path(__file__).resolve().parent / "glue"
 
 
+def fit(head: str, items: Iterable[str], tail: str) -> str:
+    """A bracket and its items as `ruff format` lays them out; "" is no item.
+
+    On one line; else, in calls, the items on a line of their own; else one a line.
+    """
+    items = [item for item in items if item]
+    indent = " " * (len(head) - len(head.lstrip()))
+    line = ", ".join(items)
+    if len(head + line + tail) <= LINE_LENGTH:
+        return head + line + tail
+    if head.endswith("(") and len(indent) + 4 + len(line) <= LINE_LENGTH:
+        return f"{head}\n{indent}    {line}\n{indent}{tail}"
+    rows = "".join(f"{indent}    {item},\n" for item in items)
+    return f"{head}\n{rows}{indent}{tail}"
+
+
 def make_environment() -> Environment:
     """Jinja for Python source: an unknown name is an error, whole lines vanish."""
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(GLUE),
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -23,6 +40,8 @@ def make_environment() -> Environment:
         keep_trailing_newline=True,
         autoescape=False,  # Python source, not HTML
     )
+    environment.globals["fit"] = fit
+    return environment
 
 
 def wrap_command(words: list[str], width: int = 88) -> str:

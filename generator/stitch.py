@@ -33,6 +33,7 @@ MODULE_ORDER = (
     "distributed",
     "inference",
     "profiling",
+    "loggers",
 )
 
 LINE_LENGTH = 88

@@ -25,6 +25,7 @@ MODULE_ORDER = (
     "builtin_data",
     "data_optimizer",
     "training_utils",
+    "optimizers",
     "error_handlers",
     "checkpoint_io",
     "distributed",

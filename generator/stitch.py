@@ -28,6 +28,7 @@ MODULE_ORDER = (
     "loaders",
     "data_optimizer",
     "training_utils",
+    "optimizers",
     "error_handlers",
     "checkpoint_io",
     "distributed",

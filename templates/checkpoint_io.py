@@ -824,14 +824,14 @@ class RankStateSaver(StateSaver):
         return None
 
 
-def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one line of JSON to a file, at once: a killed process loses none.
+def append_jsonl(path: Path, step: int, values: Mapping[str, Any]) -> None:
+    """Add `{"step": step, ...}` as a line to a file: a killed process loses none.
 
     NaN and infinity, which JSON has not, become null.
     """
     record = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in record.items()
+        for name, value in {"step": step, **values}.items()
     }
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")

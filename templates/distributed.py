@@ -14,12 +14,14 @@ runs as one process. Gradients are averaged over the ranks: a rank weighs its me
 by (its samples / all samples) x world size, so that uneven shares count right.
 """
 
+import contextlib
 import datetime
 import os
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -405,3 +407,52 @@ def shard_model(
         if not any(id(parameter) in tied for parameter in block.parameters()):
             fully_shard(block, mesh=mesh, mp_policy=block_policy)
     return fully_shard(model, mesh=mesh, mp_policy=root_policy)
+
+
+def print_once(*values: Any, **options: Any) -> None:
+    """`print` on the first rank; the others stay silent."""
+    if is_main_process():
+        print(*values, **options)
+
+
+@contextlib.contextmanager
+def main_rank_first() -> Iterator[None]:
+    """Let the first rank run the body before the others do, to prepare their files."""
+    if not is_main_process():
+        any_rank(False)  # waits for the first rank
+    yield
+    if is_main_process():
+        any_rank(False)
+
+
+def rank_weight(count: int | torch.Tensor) -> float | torch.Tensor:
+    """What this rank's mean loss counts in the average over ranks.
+
+    DDP and FSDP average gradients as if each rank had as many samples. Multiplied by
+    this, the average of the ranks' mean losses is the mean over all samples: with 3
+    and 1 samples the weights are 1.5 and 0.5.
+
+    Args:
+        count: What the rank's mean is over (samples, tokens). A tensor on a GPU gives
+            a tensor there, without waiting for it.
+    """
+    world_size = distributed_world_size()
+    if world_size == 1:
+        return 1.0
+    total = sum_over_ranks(torch.as_tensor(count, dtype=torch.float64))
+    weight = count * world_size / total
+    return weight if isinstance(count, torch.Tensor) else weight.item()
+
+
+def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor over ranks, on every rank."""
+    return sum_over_ranks(value) / distributed_world_size()
+
+
+def sum_values_over_ranks(
+    values: Mapping[str, float | torch.Tensor], device: torch.device
+) -> dict[str, float]:
+    """Named numbers, each summed over ranks, in one exchange."""
+    row = [torch.as_tensor(value, dtype=torch.float64) for value in values.values()]
+    row = sum_over_ranks(torch.stack([value.to(device) for value in row]))
+    return dict(zip(values, row.tolist(), strict=True))

@@ -419,6 +419,24 @@ def check_finite(loss: torch.Tensor | float, model: nn.Module, step: int) -> Non
     )
 
 
+def step_if_finite(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None = None,
+) -> bool:
+    """Step the optimizer unless a gradient is NaN or infinite; whether it stepped.
+
+    Waits for the GPU. An enabled scaler looks at the gradients itself, and lowers its
+    scale. Schedule and EMA must not step where this returns False.
+    """
+    if scaler is not None and scaler.is_enabled():
+        return step_optimizer(optimizer, scaler)
+    if not gradients_are_finite(model):
+        return False
+    optimizer.step()
+    return True
+
+
 def train_step_with_clipping(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,

@@ -642,7 +642,10 @@ class StateSaver:
     def resume(self, device: torch.device | None = None) -> Path | None:
         """Load the newest whole file, as `resume_training_state` does."""
         self.wait()
-        return resume_training_state(self.folder, self.parts, device, self.report)
+        path = resume_training_state(self.folder, self.parts, device, self.report)
+        if path is not None:
+            self.report(f"going on from {path}")
+        return path
 
     def save(self, step: int) -> None:
         """Copy the state, and write it while training goes on.
@@ -782,6 +785,8 @@ class RankStateSaver(StateSaver):
             return None
         path = self.folder / name
         run_on_all_ranks(lambda: self._load(path, found, device))
+        if dist.get_rank() == 0:
+            self.report(f"going on from {path}")
         return path
 
     def _load(self, path: Path, found: Any, device: torch.device | None) -> None:

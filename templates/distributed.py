@@ -30,6 +30,10 @@ from torch import nn
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
+class LaunchError(ValueError):
+    """Processes that were started in a way that does not fit; says the remedy."""
+
+
 def distributed_rank() -> int:
     """Return this process's number among all; 0 while there is no process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
@@ -53,19 +57,19 @@ def _read_torchrun_variables() -> tuple[int, int, int] | None:
     found = {n: os.environ[n] for n in TORCHRUN_VARIABLES if os.environ.get(n)}
     missing = [name for name in TORCHRUN_VARIABLES if name not in found]
     if missing:
-        raise ValueError(
+        raise LaunchError(
             f"{', '.join(found)} set without {', '.join(missing)}: start with "
             "`torchrun --nproc-per-node=N SCRIPT`, or unset RANK, WORLD_SIZE and "
             "LOCAL_RANK to train in one process"
         )
     for name in found:
         if name != "MASTER_ADDR" and not found[name].isdecimal():
-            raise ValueError(
+            raise LaunchError(
                 f"{name}={found[name]!r} is no whole number: start with torchrun"
             )
     rank, world_size, local_rank = (int(found[n]) for n in TORCHRUN_VARIABLES[:3])
     if not local_rank <= rank < world_size:
-        raise ValueError(
+        raise LaunchError(
             f"RANK={rank}, WORLD_SIZE={world_size} and LOCAL_RANK={local_rank} do not "
             "fit together (LOCAL_RANK <= RANK < WORLD_SIZE): start with torchrun"
         )
@@ -89,7 +93,7 @@ def setup_distributed(
             collective operation, before this one fails.
 
     Raises:
-        ValueError: Only some of torchrun's environment variables are set, they
+        LaunchError: Only some of torchrun's environment variables are set, they
             contradict each other, or LOCAL_RANK names no visible GPU.
         RuntimeError: The other processes did not come in time.
     """
@@ -112,7 +116,7 @@ def setup_distributed(
         index = local_rank if device.index is None else device.index
         visible = torch.cuda.device_count()
         if index >= visible:
-            raise ValueError(
+            raise LaunchError(
                 f"LOCAL_RANK={local_rank} is outside the {visible} visible device(s): "
                 "set CUDA_VISIBLE_DEVICES or lower --nproc-per-node"
             )
@@ -379,7 +383,7 @@ def shard_model(
         The same model.
 
     Raises:
-        ValueError: the ranks cannot be divided into so many replicas.
+        LaunchError: the ranks cannot be divided into so many replicas.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -389,7 +393,7 @@ def shard_model(
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     ranks = distributed_world_size()
     if replicas < 1 or ranks % replicas:
-        raise ValueError(
+        raise LaunchError(
             f"replicas={replicas} does not divide the {ranks} rank(s): use the number "
             "of machines, or 1 to shard over all ranks"
         )

@@ -92,6 +92,26 @@ TASKS = {
             batch_size=16,
             learning_rate=2e-3,
         ),
+        Task(
+            name="tabular",
+            subject="a model of a table's rows",
+            builtin="scikit-learn's handwritten digits as a table",
+            own_data="a Parquet file, or a folder or glob of them",
+            example="--data 'houses/*.parquet' --label-column price",
+            settings=(
+                'data: str = ""  # Parquet file, folder or glob; empty: digits',
+                'label_column: str = "label"  # what to predict',
+                'objective: Literal["auto", "classify", "regress"] = "auto"'
+                "  # by its type",
+            ),
+            edit="build_model, build_datasets and compute_loss",
+            legend="F features, C classes, D width",
+            packages=("torch", "pyarrow", "scikit-learn"),
+            own_packages=("torch", "pyarrow"),
+            epochs=20,
+            batch_size=64,
+            learning_rate=1e-3,
+        ),
     )
 }
 

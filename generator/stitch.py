@@ -25,6 +25,8 @@ MODULE_ORDER = (
     "builtin_models",
     "builtin_data",
     "language_data",
+    "tabular_data",
+    "pretrained",
     "loaders",
     "data_optimizer",
     "training_utils",

@@ -342,8 +342,10 @@ class TabularMLP(nn.Module):
     A missing value (NaN) counts as the mean.
 
     Args:
-        mean, std: of each feature over the training rows, (F,); they are saved with
-            the weights. A feature that is constant (std 0) is only shifted.
+        mean, std: of each feature over the training rows, (F,). All four are saved with
+            the weights; a std of 0 (always the same value) counts as 1.
+        output_mean, output_std: of the labels of a regression: what the model gives is
+            in their unit. None for logits.
     """
 
     def __init__(
@@ -354,10 +356,16 @@ class TabularMLP(nn.Module):
         width: int,
         depth: int,
         dropout: float = 0.0,
+        output_mean: torch.Tensor | None = None,
+        output_std: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
+        if output_mean is None or output_std is None:
+            output_mean, output_std = torch.zeros(()), torch.ones(())
         self.register_buffer("mean", mean.clone())
-        self.register_buffer("std", torch.where(std > 0, std, 1.0))
+        self.register_buffer("std", std.masked_fill(std == 0, 1))
+        self.register_buffer("output_mean", output_mean.clone())
+        self.register_buffer("output_std", output_std.masked_fill(output_std == 0, 1))
         self.stem = nn.Linear(len(mean), width)
         self.blocks = nn.ModuleList(
             ResidualMLPBlock(width, dropout) for _ in range(depth)
@@ -367,8 +375,7 @@ class TabularMLP(nn.Module):
 
     def forward(self, features_BF: torch.Tensor) -> torch.Tensor:
         x_BF = (features_BF - self.mean) / self.std
-        x_BF = x_BF.masked_fill(x_BF.isnan(), 0)
-        x_BD = self.stem(x_BF)
+        x_BD = self.stem(x_BF.masked_fill(x_BF.isnan(), 0))
         for block in self.blocks:
             x_BD = block(x_BD)
-        return self.head(self.norm(x_BD))
+        return self.head(self.norm(x_BD)) * self.output_std + self.output_mean

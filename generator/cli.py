@@ -142,6 +142,8 @@ def write_script(request: Request, force: bool, as_json: bool) -> None:
     if request.split:
         path = Path(request.output)
         files[str(path.with_name(path.stem + "_tools.py"))] = script.tools
+    for name, text in script.further.items():
+        files[str(Path(request.output).with_name(name))] = text
     write_files(files, force)
     folder, name = os.path.split(request.output)
     run_command = f"python {shlex.quote(name)}"

@@ -72,6 +72,7 @@ class Section:
     number: type | None = None  # of the flag's value, where it is a number
     bounds: tuple[float, float] = (0, float("inf"))
     default: Any = True  # the value of the bare flag; None: it needs one
+    writes: tuple[str, str] = ("", "")  # a further file: beside train.py, STEM.py
 
     @property
     def flag(self) -> str:
@@ -177,6 +178,18 @@ SECTIONS = {
         Section(
             "deterministic", "deterministic kernels wherever PyTorch has them", "8"
         ),
+        Section(
+            "predict",
+            "predict.py beside it: labels for new data, int8, export of the weights",
+            "14",
+            writes=("predict.py", "{stem}_predict.py"),
+        ),
+        Section(
+            "slurm",
+            "train.sbatch beside it: a Slurm job that is requeued and goes on exactly",
+            "7, 15",
+            writes=("train.sbatch", "{stem}.sbatch"),
+        ),
     )
 }
 
@@ -189,6 +202,20 @@ class Request:
     sections: Mapping[str, Any] = field(default_factory=dict)  # only what is asked for
     output: str = "train.py"
     split: bool = False
+
+    @property
+    def stem(self) -> str:
+        """The name of the script as a module."""
+        return "train" if self.output == "-" else PurePath(self.output).stem
+
+    @property
+    def further_files(self) -> dict[str, str]:
+        """The sections that write a file beside the script, and the file's name."""
+        return {
+            name: section.writes[self.stem != "train"].format(stem=self.stem)
+            for name, section in SECTIONS.items()
+            if section.writes[0] and name in self.sections
+        }
 
     @property
     def command(self) -> list[str]:
@@ -217,6 +244,11 @@ class Conflict:
 
 CONFLICTS = (
     Conflict("--split", "-o -", "it writes two files, so name the first with -o FILE"),
+    *(
+        Conflict(section.flag, "-o -", "it writes a file beside it: name it with -o")
+        for section in SECTIONS.values()
+        if section.writes[0]
+    ),
     Conflict("--force", "-o -", "leave --force out, nothing is overwritten"),
     *(
         Conflict("--extract", flag, f"leave {flag} out, only the names count")
@@ -234,10 +266,23 @@ CONFLICTS = (
 )
 
 
+# (section, the section that it needs, why)
+NEEDS = (("slurm", "resume", "a requeued job would begin at the first step again"),)
+
+
 def find_conflicts(given: set[str]) -> list[str]:
     """What is wrong with the combination of the flags that were given."""
     return [
         str(item) for item in CONFLICTS if item.first in given and item.second in given
+    ]
+
+
+def find_lacking(sections: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the sections that were asked for, for want of another."""
+    return [
+        f"--{first} needs --{second} ({reason}): add --{second}"
+        for first, second, reason in NEEDS
+        if first in sections and second not in sections
     ]
 
 
@@ -258,14 +303,17 @@ def check_request(
             values[name] = SECTIONS[name].convert(text)
         except ValueError as error:
             problems.append(str(error))
+    problems += find_lacking(sections)
     stem = PurePath(output).stem
     if stem in {*sys.stdlib_module_names, "torch"}:
         problems.append(f"-o {output}: would hide Python's {stem}: choose another name")
     if any(character in output for character in '"\\\n'):
         problems.append(f"-o {output!r}: leave out quotes, backslashes, line ends")
-    if split and not stem.isidentifier():
+    importers = ["--split"] if split else []
+    importers += [f"--{name}" for name in ("predict", "tests") if name in sections]
+    if importers and output != "-" and not stem.isidentifier():
         problems.append(
-            f"--split -o {output}: the script imports its tools by that name:"
+            f"{' '.join(importers)} -o {output}: one file imports another by that name:"
             " use letters, digits and _, such as -o train.py"
         )
     if problems:

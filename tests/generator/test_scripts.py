@@ -32,6 +32,7 @@ VALUES = {
     if section.choices
     else [None, f"{section.flag}=2" if section.number is int else section.flag]
     for name, section in SECTIONS.items()
+    if not section.writes[0]  # they leave the script itself as it is
 } | {"ema": [None, "--ema=0.9"], "split": [None, "--split"]}
 CHANGES_RESULT = ("accumulate", "clip", "scheduler", "ema")
 

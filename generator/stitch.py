@@ -27,7 +27,6 @@ MODULE_ORDER = (
     "language_data",
     "tabular_data",
     "pretrained",
-    "loaders",
     "data_optimizer",
     "training_utils",
     "optimizers",

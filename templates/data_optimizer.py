@@ -993,8 +993,8 @@ class _RowLayout:
                 continue
             for i, column in zip(columns, matrix.unbind(1), strict=True):
                 batch[self.names[i]] = column
-        for i, array in zip(self.others, joined[len(self.matrices) :], strict=True):
-            batch[self.names[i]] = array if strings == "arrow" else array.to_pylist()
+        for i, texts in zip(self.others, joined[len(self.matrices) :], strict=True):
+            batch[self.names[i]] = texts if strings == "arrow" else texts.to_pylist()
         return batch
 
 
@@ -2138,6 +2138,72 @@ def create_optimized_dataloader(
         if not isinstance(dataset, IterableDataset):
             options["shuffle"] = shuffle
     return DataLoader(dataset, **options)
+
+
+class EpochLoader:
+    """What a loop asks of its loader: batches, their number, and `set_epoch`.
+
+    Args:
+        loader: with a batch sampler that has `set_epoch(epoch, start)`. A dataset with
+            `set_epoch(epoch)` is told as well.
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader = loader
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch, and the batch (counted from 0) that comes first in it."""
+        self.loader.batch_sampler.set_epoch(epoch, start)
+        if hasattr(self.loader.dataset, "set_epoch"):
+            self.loader.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, wherever `set_epoch` starts."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+
+def make_loaders(
+    train_set: Any,
+    val_set: Any,
+    batch_size: int,
+    device: torch.device,
+    num_workers: int | None,
+    seed: int,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+) -> tuple[Any, Any]:
+    """Batches to train on, shuffled anew each epoch, and batches to validate on.
+
+    Both have `set_epoch(epoch, start)` and a length; of several ranks each gets its
+    share of the same global batches.
+
+    Args:
+        train_set, val_set: with samples by index; or with a method `load(batch_size,
+            device, num_workers)` that gives such a loader (StreamedRows).
+        batch_size: samples of a global batch, over all ranks together.
+        num_workers: None chooses from the CPUs that this process may use.
+        collate_fn: a list of samples -> (inputs, targets).
+    """
+    loaders = []
+    for samples, shuffle in ((train_set, True), (val_set, False)):
+        if hasattr(samples, "load"):
+            loaders.append(samples.load(batch_size, device, num_workers))
+            continue
+        batches = ResumableBatchSampler(
+            len(samples), batch_size, seed, shuffle, allow_empty=not shuffle
+        )
+        loader = create_optimized_dataloader(
+            samples,
+            batch_size,
+            device,
+            num_workers=num_workers,
+            batch_sampler=batches,
+            collate_fn=collate_fn,
+        )
+        loaders.append(EpochLoader(loader))
+    return loaders[0], loaders[1]
 
 
 def _batches_per_second(batches: Iterator[Any], seconds: float) -> tuple[float, Any]:

@@ -27,6 +27,7 @@ MODULE_ORDER = (
     "language_data",
     "tabular_data",
     "pretrained",
+    "contrastive",
     "data_optimizer",
     "training_utils",
     "optimizers",

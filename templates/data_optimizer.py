@@ -1805,6 +1805,66 @@ class StreamBatchLoader:
                 pending = []
 
 
+class StreamedRows:
+    """Rows on disk as a data set of a training loop: loaders of (inputs, targets).
+
+    Args:
+        stream: a part of a StreamingParquetDataset or StreamingTextDataset.
+        collate_fn: what the loader gives ({"column": tensor or list}) -> a batch.
+        stack: as for StreamBatchLoader.
+    """
+
+    def __init__(
+        self,
+        stream: _ColumnStream,
+        collate_fn: Callable[[dict[str, Any]], Any],
+        stack: dict[str, list[str]] | None = None,
+    ) -> None:
+        self.stream, self.collate_fn, self.stack = stream, collate_fn, stack
+
+    def __len__(self) -> int:
+        return self.stream.rows
+
+    def load(
+        self,
+        batch_size: int,
+        device: torch.device | None = None,
+        num_workers: int | None = 0,
+    ) -> StreamBatchLoader:
+        """Batches of the rows, in the stream's order."""
+        return StreamBatchLoader(
+            self.stream,
+            batch_size,
+            device,
+            num_workers or 0,
+            stack=self.stack,
+            collate_fn=self.collate_fn,
+        )
+
+
+def number_labels(labels: Any, classes: Sequence[Any]) -> torch.Tensor:
+    """The number of each label's class, (B,), of labels in a list or tensor."""
+    number_of = {name: number for number, name in enumerate(classes)}
+    values = labels.tolist() if isinstance(labels, torch.Tensor) else labels
+    return torch.tensor([number_of[value] for value in values], dtype=torch.int64)
+
+
+def split_label(
+    batch: dict[str, Any], features: str, label_column: str, classes: Sequence[Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(features, labels) of a batch: numbers of classes, or without classes values.
+
+    Raises:
+        DataError: a value to regress on is missing.
+    """
+    labels = batch[label_column]
+    if classes:
+        return batch[features], number_labels(labels, classes)
+    if labels.isnan().any():
+        raise DataError(f"column {label_column} is empty in some rows: fill them")
+    return batch[features], labels.float()
+
+
 # --- Images
 
 

@@ -91,6 +91,7 @@ TASKS = {
             epochs=1,
             batch_size=16,
             learning_rate=2e-3,
+            unit="tokens",
         ),
         Task(
             name="tabular",

@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import enum
 import functools
+import io
 import json
 import math
 import os
@@ -817,9 +818,12 @@ class RankStateSaver(StateSaver):
             "rng": state["rng"],
             "parts": {name: state["parts"][name] for name in own},
         }
+        packed = io.BytesIO()  # tensors travel as torch.save writes them
+        torch.save(mine, packed)
         ranks = [None] * dist.get_world_size() if is_writer else None
-        dist.gather_object(mine, ranks)
+        dist.gather_object(packed.getvalue(), ranks)
         if is_writer:
+            ranks = [torch.load(io.BytesIO(b), weights_only=True) for b in ranks]
             self._write(step, {**state, "ranks": ranks})
         return None
 

@@ -18,6 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from templates.checkpoint_io import (
+    CheckpointError,
+    LogPosition,
+    RankStateSaver,
+    RunState,
+    save_training_state,
+)
 from templates.distributed import (
     any_rank,
     average_gradients,
@@ -288,6 +295,116 @@ def check_out_of_memory() -> dict[str, float]:
     return {"difference": difference, "tries": state["tries"]}
 
 
+class Run:
+    """A run with dropout, a log and a sum that each rank keeps for itself."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.model = make_model()
+        for block in self.model.blocks:
+            block.dropout.p = 0.5
+        self.folder, self.log = folder / "states", folder / "log"
+        self.reports: list[str] = []
+        self.wrap()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
+        self.run = RunState(step=0)
+        self.own = RunState(loss_sum=0.0)
+        self.parts = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "run": self.run,
+            "own": self.own,
+            "log": LogPosition(self.log),
+        }
+        self.saver = self.make_saver()
+        seed_rank(seed)
+
+    def wrap(self) -> None:
+        self.trained = wrap_ddp(self.model, CPU)
+
+    def make_saver(self):
+        return RankStateSaver(
+            self.folder, self.parts, report=self.reports.append, rank_parts=["own"]
+        )
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            tokens, targets = share(make_batch(self.run.step))
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = nn.functional.cross_entropy(self.trained(tokens), targets)
+            loss.backward()
+            self.optimizer.step()
+            self.run.step += 1
+            self.own.loss_sum += loss.item()
+            if is_main_process():
+                with open(self.log, "a") as file:
+                    file.write(f"{self.run.step}\n")
+
+    def values(self) -> list[torch.Tensor]:
+        own = torch.tensor(self.own.loss_sum, dtype=torch.float64)
+        return [*whole_weights(self.model), own]
+
+
+def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    assert len(found) == len(expected)
+    assert all(map(torch.equal, found, expected))
+
+
+def flip_bit(path: Path) -> None:
+    if is_main_process():
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+    dist.barrier()
+
+
+def check_rank_saver(folder: Path) -> dict[str, float]:
+    """RankStateSaver: exact on every rank, one choice of file, errors for all."""
+    first = Run(folder, seed=1)
+    assert first.saver.resume(CPU) is None
+    with first.saver as saver:
+        for _ in range(2):
+            first.train(2)
+            saver.save(first.run.step)
+        first.train(2)
+    expected = first.values()
+
+    second = Run(folder, seed=2)
+    newest = first.folder / "step-00000004.pt"
+    assert second.saver.resume(CPU) == newest
+    assert second.run.step == 4
+    if is_main_process():
+        assert second.log.read_text() == "1\n2\n3\n4\n"
+    second.train(2)
+    assert_equal(second.values(), expected)
+
+    flip_bit(newest)
+    third = Run(folder, seed=3)
+    assert third.saver.resume(CPU) == first.folder / "step-00000002.pt"
+    assert bool(third.reports) == is_main_process()
+    third.train(4)
+    assert_equal(third.values(), expected)
+
+    # of one process: all but the random numbers
+    if is_main_process():
+        save_training_state(first.folder, 9, first.parts)
+    dist.barrier()
+    fourth = Run(folder, seed=4)
+    assert fourth.saver.resume(CPU).name == "step-00000009.pt"
+    assert_equal(fourth.values()[:-1], expected[:-1])
+    if is_main_process():
+        assert "saved by 1 rank(s), now" in fourth.reports[0]
+
+    for path in sorted(first.folder.glob("*.pt")):
+        flip_bit(path)
+    with pytest.raises(CheckpointError, match="every checkpoint in it is damaged"):
+        fourth.saver.resume(CPU)
+    fourth.saver.folder = folder / "log"  # a file
+    fourth.saver.save(1)
+    with pytest.raises(CheckpointError, match="could not be written"):
+        fourth.saver.save(2)
+    return {}
+
+
 def check_sigterm(folder: Path) -> dict[str, float]:
     """Signals that come at different times: all ranks stop after the same step."""
     with SafeTrainingContext(CPU) as context:
@@ -340,6 +457,7 @@ def main() -> None:
     if check == "all":
         for test in (check_equivalence, check_exchanges, check_out_of_memory):
             figures[test.__name__] = test()
+        check_rank_saver(folder)
     else:
         figures = globals()[f"check_{check}"](folder)
     if is_main_process():

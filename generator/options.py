@@ -127,7 +127,7 @@ TASKS = {
             legend="T tokens, D width",
             packages=("torch",),
             own_packages=("torch", "pyarrow"),
-            epochs=5,
+            epochs=3,
             batch_size=128,
             learning_rate=1e-3,
         ),

@@ -5,7 +5,8 @@ loader = EpochLoader(DataLoader(dataset, batch_sampler=batches))
 loader.set_epoch(3, start=120)
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -34,3 +35,15 @@ class EpochLoader:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.loader)
+
+
+@dataclass
+class StreamedRows:
+    """Rows that are read from disk batch by batch, and what makes a batch of them."""
+
+    stream: Any  # with `rows`, their number
+    collate_fn: Callable[[dict[str, Any]], Any]
+    stack: dict[str, list[str]] | None = None  # columns that come as one tensor
+
+    def __len__(self) -> int:
+        return self.stream.rows

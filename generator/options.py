@@ -108,7 +108,7 @@ TASKS = {
             legend="F features, C classes, D width",
             packages=("torch", "pyarrow", "scikit-learn"),
             own_packages=("torch", "pyarrow"),
-            epochs=20,
+            epochs=10,
             batch_size=64,
             learning_rate=1e-3,
         ),

@@ -23,10 +23,10 @@ def number_columns(types: Mapping[str, Any], label: str) -> list[str]:
 
 
 def is_fraction(kind: Any) -> bool:
-    """Whether an Arrow type holds numbers that need not be whole."""
+    """Whether an Arrow type holds numbers that need not be whole (None: no type)."""
     from pyarrow.types import is_decimal, is_floating
 
-    return is_floating(kind) or is_decimal(kind)
+    return kind is not None and (is_floating(kind) or is_decimal(kind))
 
 
 def column_statistics(

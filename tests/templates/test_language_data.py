@@ -10,13 +10,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from templates import language_data
+from templates import data_optimizer, language_data
+from templates.data_optimizer import DataError, list_text_files, read_text_files
 from templates.language_data import (
     TokenWindows,
     collate_windows,
     hash_words,
-    list_text_files,
-    read_text_files,
     split_tokens,
     write_tokens,
 )
@@ -68,7 +67,7 @@ def test_the_file_holds_each_text_and_its_end(tmp_path):
 
 
 def test_large_ids_and_pieces_of_a_long_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(language_data, "_TEXT_PIECE", 16)
+    monkeypatch.setattr(data_optimizer, "TEXT_PIECE", 16)
     text = "".join(f"line {n} ü\n" for n in range(20)) + "y" * 100
     folder = make(tmp_path, [text], lambda t: [60_000 + ord(c) for c in t], 70_000)
     assert json.loads((folder / "meta.json").read_text())["dtype"] == "int32"
@@ -77,7 +76,7 @@ def test_large_ids_and_pieces_of_a_long_text(tmp_path, monkeypatch):
 
 
 def test_pieces_end_with_a_line_and_lose_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(language_data, "_TEXT_PIECE", 10)
+    monkeypatch.setattr(data_optimizer, "TEXT_PIECE", 10)
     texts = ["ab\ncd\r\nefghijklm\nno", "no line end at all, none"]
     paths = write_texts(tmp_path / "texts", texts)
     pieces = list(read_text_files(paths))
@@ -230,4 +229,5 @@ def test_hidden_files_are_left_out(tmp_path):
     assert list_text_files(str(tmp_path)) == names
     assert list_text_files(str(tmp_path / "**/*.txt")) == names
     assert list_text_files(str(tmp_path / "a.txt")) == names[:1]
-    assert list_text_files(str(tmp_path / "none*")) == []
+    with pytest.raises(DataError, match="no such file"):
+        list_text_files(str(tmp_path / "none*"))

@@ -5,6 +5,7 @@ folder = write_digit_images(Path("digits"))
 """
 
 import ast
+import os
 import sysconfig
 from pathlib import Path
 
@@ -48,6 +49,12 @@ def stdlib_docstrings(
     return list(label_of_text), list(label_of_text.values())
 
 
+def stdlib_sources(packages: tuple[str, ...] = ("asyncio", "email")) -> list[Path]:
+    """The source files of some packages of the standard library, about 0.9 MB."""
+    root = Path(sysconfig.get_path("stdlib"))
+    return sorted(path for name in packages for path in (root / name).rglob("*.py"))
+
+
 def write_digit_images(folder: Path) -> Path:
     """Write scikit-learn's 1,797 handwritten digits as PNG files, one folder a class.
 
@@ -77,3 +84,35 @@ def write_digit_images(folder: Path) -> Path:
             Image.fromarray(pixels).save(path)
         complete.touch()
     return folder
+
+
+def write_digit_table(path: Path) -> Path:
+    """Write scikit-learn's handwritten digits as a Parquet file, a row an image.
+
+    64 columns `pixel_0_0` ... `pixel_7_7` (0 to 16) and `label`; 1,797 rows. Does
+    nothing where the file is already there.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ImportError: scikit-learn or pyarrow is missing; says how to install them.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            f"the built-in table needs {error.name}: pip install scikit-learn pyarrow,"
+            " or pass --data FILE with your own"
+        ) from error
+    if not path.exists():
+        digits = load_digits()
+        columns = {f"pixel_{i // 8}_{i % 8}": digits.data[:, i] for i in range(64)}
+        table = pyarrow.table({**columns, "label": digits.target})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        parquet.write_table(table, partial, row_group_size=256)
+        os.replace(partial, path)
+    return path

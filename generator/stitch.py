@@ -30,6 +30,7 @@ MODULE_ORDER = (
     "distributed",
     "inference",
     "profiling",
+    "loggers",
 )
 
 LINE_LENGTH = 88

@@ -370,7 +370,9 @@ def plot_run(out_dir: str | Path) -> Path:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 5), useMathText=True)
         if not title.startswith("Loss"):
+            axes.margins(y=0.1)
             axes.set_ylim(bottom=0)
         if len(curves) > 1:
             axes.legend(frameon=False)

@@ -79,7 +79,20 @@ class FirstFailure:
         return True
 
 
-class TensorBoardLogger:
+class MetricsLogger:
+    """What all trackers share: closed when the run leaves their context."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+
+
+class TensorBoardLogger(MetricsLogger):
     """Write scalars that `tensorboard --logdir OUT_DIR` shows.
 
     After a resume TensorBoard hides what was written of steps that come again.
@@ -89,6 +102,7 @@ class TensorBoardLogger:
         config: settings, shown as a text.
         step: the step at which this process takes the run up: 0 for a new run, None
             for whatever comes first in `log`.
+        active: False does nothing at all, as on all ranks but the first.
         report: gets the one line if writing fails.
 
     Raises:
@@ -100,8 +114,12 @@ class TensorBoardLogger:
         out_dir: str | Path,
         config: Mapping[str, Any],
         step: int | None = None,
+        active: bool = True,
         report: Callable[[str], None] = print,
     ) -> None:
+        self._active, self._writer = active, None
+        if not active:
+            return
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -110,11 +128,13 @@ class TensorBoardLogger:
             ) from error
         self._writer_class = SummaryWriter
         self._folder = Path(out_dir) / "tensorboard"
-        self._config, self._step, self._writer = config, step, None
+        self._config, self._step = config, step
         self._guard = FirstFailure("TensorBoard", report)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Write numbers of one step; other values are left out."""
+        if not self._active:
+            return
         with self._guard:
             if self._writer is None:
                 self._open(step if self._step is None else self._step + 1)
@@ -123,8 +143,8 @@ class TensorBoardLogger:
 
     def close(self) -> None:
         """Write what is still in memory."""
-        with self._guard:
-            if self._writer is not None:
+        if self._writer is not None:
+            with self._guard:
                 self._writer.close()
 
     def _open(self, first_step: int) -> None:
@@ -138,7 +158,7 @@ class TensorBoardLogger:
             self._writer.add_text("config", table, 0)
 
 
-class WandbLogger:
+class WandbLogger(MetricsLogger):
     """Log to Weights & Biases; `WANDB_MODE=offline` keeps all of it in `out_dir`.
 
     A restart goes on with the same run: its id is kept in wandb.json. Offline a process
@@ -151,6 +171,7 @@ class WandbLogger:
         step: the step at which this process takes the run up: 0 begins a new run, None
             goes on with the one that `out_dir` holds, if any.
         project: in which the run shows; None leaves it to WANDB_PROJECT.
+        active: False does nothing at all, as on all ranks but the first.
         report: gets the one line if wandb fails.
 
     Raises:
@@ -163,15 +184,18 @@ class WandbLogger:
         config: Mapping[str, Any],
         step: int | None = None,
         project: str | None = None,
+        active: bool = True,
         report: Callable[[str], None] = print,
     ) -> None:
+        self._run = None
+        if not active:
+            return
         try:
             import wandb
         except ImportError as error:
             raise ModuleNotFoundError(
                 "--logger wandb needs wandb: pip install wandb"
             ) from error
-        self._run = None
         self._guard = FirstFailure("wandb", report)
         with self._guard:
             out_dir = Path(out_dir)
@@ -203,7 +227,7 @@ class WandbLogger:
                 self._run.finish()
 
 
-class TrackioLogger:
+class TrackioLogger(MetricsLogger):
     """Log to trackio, which keeps everything on this machine (`trackio show`).
 
     A restart goes on with the same run: its name is kept in trackio.json.
@@ -214,6 +238,7 @@ class TrackioLogger:
         step: the step at which this process takes the run up: 0 begins a new run, None
             goes on with the one that `out_dir` holds, if any.
         project: in which the run shows.
+        active: False does nothing at all, as on all ranks but the first.
         report: gets the one line if trackio fails.
 
     Raises:
@@ -226,15 +251,18 @@ class TrackioLogger:
         config: Mapping[str, Any],
         step: int | None = None,
         project: str = "pytorch-optimization",
+        active: bool = True,
         report: Callable[[str], None] = print,
     ) -> None:
+        self._run = None
+        if not active:
+            return
         try:
             import trackio
         except ImportError as error:
             raise ModuleNotFoundError(
                 "--logger trackio needs trackio: pip install trackio"
             ) from error
-        self._run = None
         self._guard = FirstFailure("trackio", report)
         with self._guard:
             out_dir = Path(out_dir)

@@ -22,7 +22,7 @@ import sys
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -718,6 +718,7 @@ class TrainingDisplay:
             file at every update. Apart from the log of losses, which an exact resume
             reproduces to the bit: no two runs are equally fast.
         silent: show and write nothing, as on all ranks but the first.
+        sinks: called with (step, values) for all that is shown: logs, trackers.
     """
 
     def __init__(
@@ -728,7 +729,9 @@ class TrainingDisplay:
         unit: str = "samples",
         speed_log: str | Path | None = None,
         silent: bool = False,
+        sinks: Sequence[Callable[[int, Mapping[str, Any]], None]] = (),
     ) -> None:
+        self.sinks = sinks
         self.total_steps, self.batch_size, self.step = total_steps, batch_size, step
         self.unit, self.speed_log, self.silent = unit, speed_log, silent
         self.bar = None
@@ -751,6 +754,8 @@ class TrainingDisplay:
         """Show what step was reached, some values, and the speed since last time."""
         if self.silent:
             return
+        for write in self.sinks:
+            write(step, values)
         elapsed_s = time.perf_counter() - self.time_s
         speed = {
             f"{self.unit}_per_s": round(
@@ -772,6 +777,14 @@ class TrainingDisplay:
             with open(self.speed_log, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **speed}) + "\n")
         self.step, self.time_s = step, time.perf_counter()
+
+    def end_epoch(self, step: int, epoch: int, **values: Any) -> None:
+        """Show the results of an epoch."""
+        if self.silent:
+            return
+        for write in self.sinks:
+            write(step, {"epoch": epoch, **values})
+        self.note(f"epoch {epoch}: {format_values(values)}")
 
     def note(self, text: str) -> None:
         """A line that stays, above the bar."""

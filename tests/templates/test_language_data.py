@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from templates import data_optimizer, language_data
+from templates import data_optimizer
 from templates.data_optimizer import DataError, list_text_files, read_text_files
 from templates.language_data import (
     TokenWindows,
@@ -102,10 +102,10 @@ def test_an_id_beyond_the_last_is_refused_and_leaves_nothing(tmp_path, ids):
 def test_it_is_written_once_and_again_when_a_source_changes(tmp_path):
     paths = write_texts(tmp_path / "texts", ["one", "two"])
 
-    def write(settings=None):
+    def write(settings=None, encode=str.encode):
         pieces = read_text_files(paths)
         return write_tokens(
-            tmp_path / "t", pieces, str.encode, END, END + 1, paths, settings
+            tmp_path / "t", pieces, encode, END, END + 1, paths, settings
         )
 
     first = write()
@@ -113,6 +113,7 @@ def test_it_is_written_once_and_again_when_a_source_changes(tmp_path):
     assert write() == first
     assert (first / "tokens.bin").stat() == before
     assert write(["other tokenizer"]) != first
+    assert write(encode=lambda text: text.encode("utf-16")) != first
     paths[1].write_text("two and more")
     assert write() != first
     os.utime(paths[0], ns=(1, 1))
@@ -124,7 +125,8 @@ def test_a_killed_write_leaves_no_file_that_would_be_taken(tmp_path):
     code = f"""
 import os
 from pathlib import Path
-from templates.language_data import *
+from templates.data_optimizer import list_text_files, read_text_files
+from templates.language_data import write_tokens
 paths = list_text_files({str(tmp_path / "texts")!r})
 def encode(text):
     if text == "two":
@@ -133,6 +135,7 @@ def encode(text):
 write_tokens({str(tmp_path / "t")!r}, read_text_files(paths), encode, 256, 257, paths)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    assert not list((tmp_path / "t").glob("*/meta.json"))
     pieces = read_text_files(paths)
     folder = write_tokens(tmp_path / "t", pieces, str.encode, END, END + 1, paths)
     windows = TokenWindows(folder, torch.tensor([[0, 8]]), 100)
@@ -143,15 +146,17 @@ def test_whoever_is_second_takes_what_the_first_has_written(tmp_path):
     paths = write_texts(tmp_path / "texts", ["one"])
     written = []
 
-    def write(encode):
+    def write():
         pieces = read_text_files(paths)
         return write_tokens(tmp_path / "t", pieces, encode, END, END + 1, paths)
 
-    def encode_slowly(text):  # meanwhile another process does the same
-        written.append(write(str.encode))
+    def encode(text):  # the first time another process does the same meanwhile
+        if not written:
+            written.append(None)
+            written[0] = write()
         return text.encode()
 
-    assert [write(encode_slowly)] == written
+    assert [write()] == written
     assert list((tmp_path / "t").iterdir()) == written
 
 

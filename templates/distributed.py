@@ -390,8 +390,8 @@ def shard_model(
     With fp16 use a GradScaler: its check for overflow covers all shards.
 
     Args:
-        model: changed in place, on `device`; its blocks checkpointed before, compiled
-            in place before or after.
+        model: changed in place, on `device`; its blocks checkpointed and the model
+            compiled in place before.
         blocks: what is gathered and freed as one, usually the repeated layers. One that
             shares a weight with the rest of the model stays with the model's own.
         dtype: bf16 or fp16 computes in it, with weights, gradient sums and outputs in

@@ -12,6 +12,7 @@ import traceback
 
 import pytest
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -40,10 +41,10 @@ def free_port() -> int:
 
 
 def test_killed_during_any_save_nothing_confirmed_is_lost(tmp_path):
-    fully_shard  # noqa: B018 - imported before the fork, which makes that fast
+
     moments = random.Random(1)
     step = 0
-    for attempt in range(6):
+    for attempt in range(5):
         reader, writer = os.pipe()
         port = free_port()
 
@@ -72,8 +73,9 @@ def test_killed_during_any_save_nothing_confirmed_is_lost(tmp_path):
                 raise
 
         children = [fork(lambda rank=rank: train_and_save(rank)) for rank in range(2)]
-        first = os.read(reader, 4)
-        assert first != b"fail"
+        for _ in range(3):
+            first = os.read(reader, 4)
+            assert first != b"fail"
         signal.sigtimedwait([], moments.random() * 0.05)
         (tmp_path / "killing").touch()
         moments.shuffle(children)

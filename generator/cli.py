@@ -244,6 +244,8 @@ def write_script(
     if request.split:
         path = Path(request.output)
         files[str(path.with_name(path.stem + "_tools.py"))] = script.tools
+    for name, text in script.further.items():
+        files[str(Path(request.output).with_name(name))] = text
     write_files(files, force)
     if answers_path:
         save_answers(request, answers_path, force)

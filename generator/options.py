@@ -91,6 +91,7 @@ TASKS = {
             epochs=1,
             batch_size=16,
             learning_rate=2e-3,
+            unit="tokens",
         ),
         Task(
             name="tabular",
@@ -148,6 +149,7 @@ class Section:
     number: type | None = None  # of the flag's value, where it is a number
     bounds: tuple[float, float] = (0, float("inf"))
     default: Any = True  # the value of the bare flag; None: it needs one
+    writes: tuple[str, str] = ("", "")  # a further file: beside train.py, STEM.py
 
     @property
     def flag(self) -> str:
@@ -334,17 +336,20 @@ SECTIONS = {
             "also write predict.py: inference, int8, export",
             "inference beside it",
             "14",
+            writes=("predict.py", "{stem}_predict.py"),
         ),
         Section(
             "tests",
             "also write test_train.py, which tests the script as you edit it",
             "tests beside it",
             "17",
+            writes=("test_train.py", "test_{stem}.py"),
         ),
         Section(
             "slurm",
             "also write train.sbatch: torchrun, requeued when preempted",
             "a Slurm job beside it",
+            writes=("train.sbatch", "{stem}.sbatch"),
         ),
     )
 }
@@ -421,6 +426,20 @@ class Request:
     model: Model = Model()
 
     @property
+    def stem(self) -> str:
+        """The name of the script as a module."""
+        return "train" if self.output == "-" else PurePath(self.output).stem
+
+    @property
+    def further_files(self) -> dict[str, str]:
+        """The sections that write a file beside the script, and the file's name."""
+        return {
+            name: section.writes[self.stem != "train"].format(stem=self.stem)
+            for name, section in SECTIONS.items()
+            if section.writes[0] and name in self.sections
+        }
+
+    @property
     def command(self) -> list[str]:
         """The command that makes this script, in its shortest canonical form."""
         words = ["generate-script", "--task", self.task.name]
@@ -461,11 +480,12 @@ NOT_A_SCRIPT = (
 )
 CONFLICTS = (
     Conflict("--split", "-o -", "it writes two files, so name the first with -o FILE"),
-    Conflict("--force", "-o -", "leave --force out, nothing is overwritten"),
     *(
-        Conflict(flag, "-o -", f"{flag} writes a file beside it, so use -o FILE")
-        for flag in ("--predict", "--tests", "--slurm")
+        Conflict(section.flag, "-o -", "it writes a file beside it: name it with -o")
+        for section in SECTIONS.values()
+        if section.writes[0]
     ),
+    Conflict("--force", "-o -", "leave --force out, nothing is overwritten"),
     *(
         Conflict("--extract", flag, f"leave {flag} out, only the names count")
         for flag in (*NOT_A_SCRIPT, "--json")
@@ -564,9 +584,11 @@ def check_request(
         problems.append(f"-o {output}: would hide Python's {stem}: choose another name")
     if any(character in output for character in '"\\\n'):
         problems.append(f"-o {output!r}: leave out quotes, backslashes, line ends")
-    if split and not stem.isidentifier():
+    importers = ["--split"] if split else []
+    importers += [f"--{name}" for name in ("predict", "tests") if name in sections]
+    if importers and output != "-" and not stem.isidentifier():
         problems.append(
-            f"--split -o {output}: the script imports its tools by that name:"
+            f"{' '.join(importers)} -o {output}: one file imports another by that name:"
             " use letters, digits and _, such as -o train.py"
         )
     if problems:

@@ -79,7 +79,20 @@ class FirstFailure:
         return True
 
 
-class TensorBoardLogger:
+class MetricsLogger:
+    """What all trackers share: closed when the run leaves their context."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+
+
+class TensorBoardLogger(MetricsLogger):
     """Write scalars that `tensorboard --logdir OUT_DIR` shows.
 
     After a resume TensorBoard hides what was written of steps that come again.
@@ -145,7 +158,7 @@ class TensorBoardLogger:
             self._writer.add_text("config", table, 0)
 
 
-class WandbLogger:
+class WandbLogger(MetricsLogger):
     """Log to Weights & Biases; `WANDB_MODE=offline` keeps all of it in `out_dir`.
 
     A restart goes on with the same run: its id is kept in wandb.json. Offline a process
@@ -214,7 +227,7 @@ class WandbLogger:
                 self._run.finish()
 
 
-class TrackioLogger:
+class TrackioLogger(MetricsLogger):
     """Log to trackio, which keeps everything on this machine (`trackio show`).
 
     A restart goes on with the same run: its name is kept in trackio.json.
@@ -385,7 +398,9 @@ def plot_run(out_dir: str | Path) -> Path:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 5), useMathText=True)
         if not title.startswith("Loss"):
+            axes.margins(y=0.1)
             axes.set_ylim(bottom=0)
         if len(curves) > 1:
             axes.legend(frameon=False)

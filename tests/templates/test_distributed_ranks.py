@@ -1,0 +1,65 @@
+"""distributed, in real process groups of two and three: distributed_checks.py."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).with_name("distributed_checks.py")
+
+
+def start(tmp_path: Path, ranks: int, check: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(tmp_path),  # torchrun leaves its log folders there
+    }
+    return subprocess.Popen(
+        [*command, f"--nproc-per-node={ranks}", str(SCRIPT), check, str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_way_to_train_equals_one_process(tmp_path, ranks):
+    process = start(tmp_path, ranks, "all")
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+    print(json.loads((tmp_path / "figures.json").read_text()))
+
+
+def test_all_ranks_stop_after_the_same_step(tmp_path):
+    process = start(tmp_path, 3, "sigterm")
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("ready-*"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)  # torchrun passes it on to every rank
+    output, _ = process.communicate(timeout=60)
+    steps = [path.read_text() for path in tmp_path.glob("stopped-*")]
+    assert len(steps) == 3, output
+    assert len(set(steps)) == 1
+
+
+def test_the_death_of_a_rank_ends_the_run(tmp_path):
+    process = start(tmp_path, 3, "death")
+    output, _ = process.communicate(timeout=60)  # the group's timeout is longer
+    assert process.returncode != 0, output
+
+
+def test_a_rank_that_does_not_come_is_not_waited_for_longer_than_asked(tmp_path):
+    process = start(tmp_path, 2, "silence")
+    output, _ = process.communicate(timeout=60)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert 1 < figures["seconds"] < 4, output

@@ -116,7 +116,7 @@ TASKS = {
         Task(
             name="embedding",
             subject="text embeddings",
-            builtin="docstrings of the standard library and what they belong to",
+            builtin="docstrings of the standard library, by function",
             own_data="a CSV, JSONL or Parquet file of pairs",
             example="--data faq.csv --query-column question --document-column answer",
             settings=(

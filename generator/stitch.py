@@ -37,6 +37,7 @@ MODULE_ORDER = (
     "inference",
     "profiling",
     "loggers",
+    "script_checks",
 )
 
 LINE_LENGTH = 88

@@ -91,6 +91,7 @@ TASKS = {
             epochs=1,
             batch_size=16,
             learning_rate=2e-3,
+            unit="tokens",
         ),
         Task(
             name="tabular",
@@ -110,6 +111,25 @@ TASKS = {
             own_packages=("torch", "pyarrow"),
             epochs=20,
             batch_size=64,
+            learning_rate=1e-3,
+        ),
+        Task(
+            name="embedding",
+            subject="text embeddings",
+            builtin="docstrings of the standard library and what they belong to",
+            own_data="a CSV, JSONL or Parquet file of pairs",
+            example="--data faq.csv --query-column question --document-column answer",
+            settings=(
+                'data: str = ""  # CSV, JSONL or Parquet file; empty: docstrings',
+                'query_column: str = "query"  # column to search with',
+                'document_column: str = "document"  # column to be found',
+            ),
+            edit="build_model, build_datasets, collate and compute_loss",
+            legend="T tokens, D width",
+            packages=("torch",),
+            own_packages=("torch", "pyarrow"),
+            epochs=5,
+            batch_size=128,
             learning_rate=1e-3,
         ),
     )

@@ -23,7 +23,7 @@ from .stitch import (
 GLUE = Path(__file__).resolve().parent / "glue"
 
 
-def fit(head: str, items: Iterable[str], tail: str) -> str:
+def fit(head: str, items: Iterable[str], tail: str, is_call: bool = True) -> str:
     """A bracket and its items as `ruff format` lays them out; "" is no item.
 
     On one line; else, in calls, the items on a line of their own; else one a line.
@@ -33,7 +33,7 @@ def fit(head: str, items: Iterable[str], tail: str) -> str:
     line = ", ".join(items)
     if len(head + line + tail) <= LINE_LENGTH:
         return head + line + tail
-    if head.endswith("(") and len(indent) + 4 + len(line) <= LINE_LENGTH:
+    if is_call and head.endswith("(") and len(indent) + 4 + len(line) <= LINE_LENGTH:
         return f"{head}\n{indent}    {line}\n{indent}{tail}"
     rows = "".join(f"{indent}    {item},\n" for item in items)
     return f"{head}\n{rows}{indent}{tail}"

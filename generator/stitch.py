@@ -27,7 +27,7 @@ MODULE_ORDER = (
     "language_data",
     "tabular_data",
     "pretrained",
-    "loaders",
+    "contrastive",
     "data_optimizer",
     "training_utils",
     "optimizers",

@@ -49,6 +49,41 @@ def stdlib_docstrings(
     return list(label_of_text), list(label_of_text.values())
 
 
+def stdlib_functions(
+    packages: tuple[str, ...] = (*STDLIB_PACKAGES, "collections", "json"),
+) -> tuple[list[str], list[str]]:
+    """What functions of the standard library do, and how they are called.
+
+    Parsed, never imported. The modules beside the packages are taken too. A docstring
+    or a signature that stands in two places is taken once.
+
+    Returns:
+        first paragraphs of docstrings, and signatures such as
+        `Handler.emit(self, record)`, of the same length, in an order that depends only
+        on the Python version.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = [*root.glob("*.py")]
+    paths += [path for name in packages for path in (root / name).rglob("*.py")]
+    signature_of: dict[str, str] = {}
+    for path in sorted(paths):
+        if path.parent.name == "encodings":  # long tables, few functions
+            continue
+        tree = ast.parse(path.read_bytes())
+        classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        for owner in (tree, *classes):
+            prefix = f"{owner.name}." if isinstance(owner, ast.ClassDef) else ""
+            for node in owner.body:
+                if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                    continue
+                summary = (ast.get_docstring(node) or "").partition("\n\n")[0]
+                if summary.strip():
+                    signature = f"{prefix}{node.name}({ast.unparse(node.args)})"
+                    signature_of.setdefault(summary, signature)
+    unique = {signature: summary for summary, signature in signature_of.items()}
+    return list(unique.values()), list(unique)
+
+
 def stdlib_sources(packages: tuple[str, ...] = ("asyncio", "email")) -> list[Path]:
     """The source files of some packages of the standard library, about 0.9 MB."""
     root = Path(sysconfig.get_path("stdlib"))

@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import enum
 import functools
+import io
 import json
 import math
 import os
@@ -822,9 +823,12 @@ class RankStateSaver(StateSaver):
             "rng": state["rng"],
             "parts": {name: state["parts"][name] for name in own},
         }
+        packed = io.BytesIO()
+        torch.save(mine, packed)
         ranks = [None] * dist.get_world_size() if is_writer else None
-        dist.gather_object(mine, ranks)
+        dist.gather_object(packed.getvalue(), ranks)
         if is_writer:
+            ranks = [torch.load(io.BytesIO(p), weights_only=True) for p in ranks]
             self._write(step, {**state, "ranks": ranks})
         return None
 

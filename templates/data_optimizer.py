@@ -993,8 +993,8 @@ class _RowLayout:
                 continue
             for i, column in zip(columns, matrix.unbind(1), strict=True):
                 batch[self.names[i]] = column
-        for i, array in zip(self.others, joined[len(self.matrices) :], strict=True):
-            batch[self.names[i]] = array if strings == "arrow" else array.to_pylist()
+        for i, texts in zip(self.others, joined[len(self.matrices) :], strict=True):
+            batch[self.names[i]] = texts if strings == "arrow" else texts.to_pylist()
         return batch
 
 
@@ -1805,6 +1805,66 @@ class StreamBatchLoader:
                 pending = []
 
 
+class StreamedRows:
+    """Rows on disk as a data set of a training loop: loaders of (inputs, targets).
+
+    Args:
+        stream: a part of a StreamingParquetDataset or StreamingTextDataset.
+        collate_fn: what the loader gives ({"column": tensor or list}) -> a batch.
+        stack: as for StreamBatchLoader.
+    """
+
+    def __init__(
+        self,
+        stream: _ColumnStream,
+        collate_fn: Callable[[dict[str, Any]], Any],
+        stack: dict[str, list[str]] | None = None,
+    ) -> None:
+        self.stream, self.collate_fn, self.stack = stream, collate_fn, stack
+
+    def __len__(self) -> int:
+        return self.stream.rows
+
+    def load(
+        self,
+        batch_size: int,
+        device: torch.device | None = None,
+        num_workers: int | None = 0,
+    ) -> StreamBatchLoader:
+        """Batches of the rows, in the stream's order."""
+        return StreamBatchLoader(
+            self.stream,
+            batch_size,
+            device,
+            num_workers or 0,
+            stack=self.stack,
+            collate_fn=self.collate_fn,
+        )
+
+
+def number_labels(labels: Any, classes: Sequence[Any]) -> torch.Tensor:
+    """The number of each label's class, (B,), of labels in a list or tensor."""
+    number_of = {name: number for number, name in enumerate(classes)}
+    values = labels.tolist() if isinstance(labels, torch.Tensor) else labels
+    return torch.tensor([number_of[value] for value in values], dtype=torch.int64)
+
+
+def split_label(
+    batch: dict[str, Any], features: str, label_column: str, classes: Sequence[Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(features, labels) of a batch: numbers of classes, or without classes values.
+
+    Raises:
+        DataError: a value to regress on is missing.
+    """
+    labels = batch[label_column]
+    if classes:
+        return batch[features], number_labels(labels, classes)
+    if labels.isnan().any():
+        raise DataError(f"column {label_column} is empty in some rows: fill them")
+    return batch[features], labels.float()
+
+
 # --- Images
 
 
@@ -2138,6 +2198,72 @@ def create_optimized_dataloader(
         if not isinstance(dataset, IterableDataset):
             options["shuffle"] = shuffle
     return DataLoader(dataset, **options)
+
+
+class EpochLoader:
+    """What a loop asks of its loader: batches, their number, and `set_epoch`.
+
+    Args:
+        loader: with a batch sampler that has `set_epoch(epoch, start)`. A dataset with
+            `set_epoch(epoch)` is told as well.
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader = loader
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch, and the batch (counted from 0) that comes first in it."""
+        self.loader.batch_sampler.set_epoch(epoch, start)
+        if hasattr(self.loader.dataset, "set_epoch"):
+            self.loader.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, wherever `set_epoch` starts."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+
+def make_loaders(
+    train_set: Any,
+    val_set: Any,
+    batch_size: int,
+    device: torch.device,
+    num_workers: int | None,
+    seed: int,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+) -> tuple[Any, Any]:
+    """Batches to train on, shuffled anew each epoch, and batches to validate on.
+
+    Both have `set_epoch(epoch, start)` and a length; of several ranks each gets its
+    share of the same global batches.
+
+    Args:
+        train_set, val_set: with samples by index; or with a method `load(batch_size,
+            device, num_workers)` that gives such a loader (StreamedRows).
+        batch_size: samples of a global batch, over all ranks together.
+        num_workers: None chooses from the CPUs that this process may use.
+        collate_fn: a list of samples -> (inputs, targets).
+    """
+    loaders = []
+    for samples, shuffle in ((train_set, True), (val_set, False)):
+        if hasattr(samples, "load"):
+            loaders.append(samples.load(batch_size, device, num_workers))
+            continue
+        batches = ResumableBatchSampler(
+            len(samples), batch_size, seed, shuffle, allow_empty=not shuffle
+        )
+        loader = create_optimized_dataloader(
+            samples,
+            batch_size,
+            device,
+            num_workers=num_workers,
+            batch_sampler=batches,
+            collate_fn=collate_fn,
+        )
+        loaders.append(EpochLoader(loader))
+    return loaders[0], loaders[1]
 
 
 def _batches_per_second(batches: Iterator[Any], seconds: float) -> tuple[float, Any]:

@@ -1,7 +1,7 @@
 """Texts to tokens: words by their hash, and a flat memory-mapped file for corpora.
 
     paths = list_text_files("corpus/**/*.txt")
-    folder = write_tokens("data/tokens", read_text_files(paths), str.encode, 256, paths)
+    folder = write_tokens("tokens", read_text_files(paths), str.encode, 256, 257, paths)
     train_set, val_set = split_tokens(folder, length=1024, val_fraction=0.1, seed=0)
     tokens = train_set[0]  # (1025,): inputs are all but the last, targets but the first
 
@@ -35,10 +35,11 @@ def hash_words(texts: Sequence[str], vocab_size: int, max_tokens: int) -> torch.
     """Words and signs, hashed to token ids: (B, T), 0 for padding, 1 for no word.
 
     It needs no vocabulary, and is the same in every process; words may share an id.
+    `snake_case` is two words.
     """
     rows = []
     for text in texts:
-        words = re.findall(r"\w+|[^\w\s]", text.lower())[:max_tokens]
+        words = re.findall(r"[^\W_]+|[^\w\s]", text.lower())[:max_tokens]
         ids = [2 + zlib.crc32(word.encode()) % (vocab_size - 2) for word in words]
         rows.append(torch.tensor(ids or [1]))
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -83,6 +84,7 @@ def write_tokens(
     pieces: Iterable[tuple[str, bool]],
     encode: Callable[[str], bytes | Sequence[int]],
     end_token: int,
+    vocab_size: int,
     paths: Iterable[Path],
     settings: Any = None,
 ) -> Path:
@@ -92,7 +94,8 @@ def write_tokens(
         folder: the tokens go into a subfolder of it, named by a digest of the rest.
         pieces: texts or parts of one, with whether it ends there; not touched when
             the tokens are there. A text without tokens is left out.
-        encode: gives token ids, at most `end_token`, which is put after each text.
+        encode: gives token ids below `vocab_size`.
+        end_token: is put after each text.
         paths: the sources; path, size or time of change make other tokens.
         settings: what else does, such as the tokenizer's name; anything for JSON.
 
@@ -102,14 +105,14 @@ def write_tokens(
     """
     stats = [(str(path), path.stat()) for path in paths]
     source = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-    key = json.dumps([source, end_token, settings]).encode()
+    key = json.dumps([source, end_token, vocab_size, settings]).encode()
     target = Path(folder) / hashlib.sha256(key).hexdigest()[:16]
     if (target / "meta.json").exists():
         return target
     Path(folder).mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(".partial", target.name, folder))
     try:
-        _encode_into(partial, pieces, encode, end_token)
+        _encode_into(partial, pieces, encode, end_token, vocab_size)
         try:
             os.rename(partial, target)
         except OSError:  # another process was faster, with the same tokens
@@ -125,17 +128,18 @@ def _encode_into(
     pieces: Iterable[tuple[str, bool]],
     encode: Callable[[str], bytes | Sequence[int]],
     end_token: int,
+    vocab_size: int,
 ) -> None:
-    kind, dtype = ("h", "int16") if end_token < 1 << 15 else ("i", "int32")
+    kind, dtype = ("h", "int16") if vocab_size <= 1 << 15 else ("i", "int32")
     size = text_start = 0
     tokens_path, ends_path = folder / "tokens.bin", folder / "ends.bin"
     with open(tokens_path, "wb") as tokens, open(ends_path, "wb") as ends:
         for text, is_end in pieces:
             ids = list(encode(text))
-            if ids and not 0 <= min(ids) <= max(ids) <= end_token:
+            if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
                 raise ValueError(
                     f"token ids from {min(ids)} to {max(ids)}: encode must give ids "
-                    f"from 0 to {end_token=}"
+                    f"from 0 to below {vocab_size=}"
                 )
             if is_end and size + len(ids) > text_start:
                 ids.append(end_token)

@@ -79,7 +79,20 @@ class FirstFailure:
         return True
 
 
-class TensorBoardLogger:
+class MetricsLogger:
+    """What all trackers share: closed when the run leaves their context."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+
+
+class TensorBoardLogger(MetricsLogger):
     """Write scalars that `tensorboard --logdir OUT_DIR` shows.
 
     After a resume TensorBoard hides what was written of steps that come again.
@@ -145,7 +158,7 @@ class TensorBoardLogger:
             self._writer.add_text("config", table, 0)
 
 
-class WandbLogger:
+class WandbLogger(MetricsLogger):
     """Log to Weights & Biases; `WANDB_MODE=offline` keeps all of it in `out_dir`.
 
     A restart goes on with the same run: its id is kept in wandb.json. Offline a process
@@ -214,7 +227,7 @@ class WandbLogger:
                 self._run.finish()
 
 
-class TrackioLogger:
+class TrackioLogger(MetricsLogger):
     """Log to trackio, which keeps everything on this machine (`trackio show`).
 
     A restart goes on with the same run: its name is kept in trackio.json.

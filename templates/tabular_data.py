@@ -4,7 +4,7 @@ features = number_columns(stream.source.types, label="price")
 mean_F, std_F = column_statistics(batch["features"] for batch in loader)
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -50,13 +50,6 @@ def column_statistics(
         squares_F = squares_F + delta_F.square() * count_F * there_F / total_F
         count_F = count_F + there_F
     return mean_F.float(), (squares_F / count_F.clamp(min=1)).sqrt().float()
-
-
-def number_labels(labels: Any, classes: Sequence[Any]) -> torch.Tensor:
-    """The number of each label's class, (B,), of labels in a list or tensor."""
-    number_of = {name: number for number, name in enumerate(classes)}
-    values = labels.tolist() if isinstance(labels, torch.Tensor) else labels
-    return torch.tensor([number_of[value] for value in values], dtype=torch.int64)
 
 
 def measure_scales(

@@ -437,6 +437,16 @@ def step_if_finite(
     return True
 
 
+def count_right(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How many labels have the largest logit, as "accuracy" for `evaluate_model`.
+
+    Args:
+        logits: (..., C) of classes or tokens.
+        labels: (...), numbers of classes; -100 never counts.
+    """
+    return {"accuracy": (logits.argmax(-1) == labels).sum()}
+
+
 @torch.inference_mode()
 def evaluate_model(
     model: nn.Module,

@@ -33,7 +33,9 @@ def write_texts(folder, texts):
 
 def make(tmp_path, texts, encode=str.encode, end=END):
     paths = write_texts(tmp_path / "texts", texts)
-    return write_tokens(tmp_path / "tokens", read_text_files(paths), encode, end, paths)
+    return write_tokens(
+        tmp_path / "tokens", read_text_files(paths), encode, end, end + 1, paths
+    )
 
 
 def whole(windows: TokenWindows) -> list[int]:
@@ -91,7 +93,9 @@ def test_bytes_that_are_no_utf8_are_replaced(tmp_path):
 
 @pytest.mark.parametrize("ids", [[-1], [0, 257]])
 def test_an_id_beyond_the_last_is_refused_and_leaves_nothing(tmp_path, ids):
-    with pytest.raises(ValueError, match=r"encode must give ids from 0 to .*256"):
+    with pytest.raises(
+        ValueError, match=r"encode must give ids from 0 to below vocab_size=257"
+    ):
         make(tmp_path, ["text"], lambda text: ids)
     assert list((tmp_path / "tokens").iterdir()) == []
 
@@ -101,7 +105,9 @@ def test_it_is_written_once_and_again_when_a_source_changes(tmp_path):
 
     def write(settings=None):
         pieces = read_text_files(paths)
-        return write_tokens(tmp_path / "t", pieces, str.encode, END, paths, settings)
+        return write_tokens(
+            tmp_path / "t", pieces, str.encode, END, END + 1, paths, settings
+        )
 
     first = write()
     before = (first / "tokens.bin").stat()
@@ -125,11 +131,11 @@ def encode(text):
     if text == "two":
         os._exit(9)
     return text.encode()
-write_tokens({str(tmp_path / "t")!r}, read_text_files(paths), encode, 256, paths)
+write_tokens({str(tmp_path / "t")!r}, read_text_files(paths), encode, 256, 257, paths)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
     pieces = read_text_files(paths)
-    folder = write_tokens(tmp_path / "t", pieces, str.encode, END, paths)
+    folder = write_tokens(tmp_path / "t", pieces, str.encode, END, END + 1, paths)
     windows = TokenWindows(folder, torch.tensor([[0, 8]]), 100)
     assert windows[0].tolist() == [*b"one", END, *b"two", END]
 
@@ -140,7 +146,7 @@ def test_whoever_is_second_takes_what_the_first_has_written(tmp_path):
 
     def write(encode):
         pieces = read_text_files(paths)
-        return write_tokens(tmp_path / "t", pieces, encode, END, paths)
+        return write_tokens(tmp_path / "t", pieces, encode, END, END + 1, paths)
 
     def encode_slowly(text):  # meanwhile another process does the same
         written.append(write(str.encode))

@@ -25,7 +25,6 @@ MODULE_ORDER = (
     "builtin_models",
     "builtin_data",
     "language_data",
-    "tabular_data",
     "pretrained",
     "contrastive",
     "data_optimizer",

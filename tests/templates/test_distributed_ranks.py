@@ -8,8 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("distributed_checks.py")
 
@@ -32,12 +30,15 @@ def start(tmp_path: Path, ranks: int, check: str) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_every_way_to_train_equals_one_process(tmp_path, ranks):
-    process = start(tmp_path, ranks, "all")
-    output, _ = process.communicate(timeout=180)
-    assert process.returncode == 0, output
-    print(json.loads((tmp_path / "figures.json").read_text()))
+def test_every_way_to_train_equals_one_process_and_resumes(tmp_path):
+    for ranks in (2, 3):  # three go on with what two have saved
+        process = start(tmp_path, ranks, "all")
+        output, _ = process.communicate(timeout=180)
+        assert process.returncode == 0, output
+        print(json.loads((tmp_path / "figures.json").read_text()))
+    alone = [sys.executable, str(SCRIPT), "one", str(tmp_path)]  # without torchrun
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(alone, cwd=ROOT, env=environment, check=True, timeout=60)
 
 
 def test_all_ranks_stop_after_the_same_step(tmp_path):

@@ -36,6 +36,7 @@ MODULE_ORDER = (
     "inference",
     "profiling",
     "loggers",
+    "script_checks",
 )
 
 LINE_LENGTH = 88

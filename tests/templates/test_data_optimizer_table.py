@@ -5,12 +5,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from templates.data_optimizer import DataError, number_labels, split_label
-from templates.tabular_data import (
+from templates.data_optimizer import (
     column_statistics,
     is_fraction,
     measure_scales,
     number_columns,
+    number_labels,
 )
 
 
@@ -82,15 +82,3 @@ def test_labels_of_any_kind_are_numbered():
     assert numbers.dtype is torch.int64
     assert number_labels(torch.tensor([True, False]), [False, True]).tolist() == [1, 0]
     assert number_labels([], ["a"]).shape == (0,)
-
-
-def test_a_batch_becomes_features_and_what_to_predict():
-    x = torch.randn(3, 2)
-    batch = {"x": x, "kind": ["b", "a", "b"], "price": torch.tensor([1.0, 2, 3])}
-    features, labels = split_label(batch, "x", "kind", ["a", "b"])
-    assert features is x
-    assert labels.tolist() == [1, 0, 1]
-    assert split_label(batch, "x", "price", [])[1].tolist() == [1, 2, 3]
-    batch["price"][1] = torch.nan
-    with pytest.raises(DataError, match="column price is empty in some rows"):
-        split_label(batch, "x", "price", [])

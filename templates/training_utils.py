@@ -423,6 +423,69 @@ def check_finite(loss: torch.Tensor | float, model: nn.Module, step: int) -> Non
     )
 
 
+def step_if_finite(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None = None,
+) -> bool:
+    """Step the optimizer unless a gradient is NaN or infinite; whether it stepped.
+
+    Waits for the GPU. An enabled scaler looks at the gradients itself, and lowers its
+    scale. Schedule and EMA must not step where this returns False.
+    """
+    if scaler is not None and scaler.is_enabled():
+        return step_optimizer(optimizer, scaler)
+    if not gradients_are_finite(model):
+        return False
+    optimizer.step()
+    return True
+
+
+def count_right(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How many labels have the largest logit, as "accuracy" for `evaluate_model`.
+
+    Args:
+        logits: (..., C) of classes or tokens.
+        labels: (...), numbers of classes; -100 never counts.
+    """
+    return {"accuracy": (logits.argmax(-1) == labels).sum()}
+
+
+@torch.inference_mode()
+def evaluate_model(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Any]],
+    compute_loss: Callable[..., tuple[torch.Tensor, Any]],
+    measure: Callable[[Any, Any], Mapping[str, torch.Tensor]],
+    count_targets: Callable[[Any], Any] = len,
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    reduce: Callable[[dict[str, Any]], Mapping[str, Any]] = dict,
+) -> dict[str, float]:
+    """Mean loss and metrics over batches, in eval mode, each sample counted once.
+
+    Args:
+        batches: (inputs, targets) on the model's device.
+        compute_loss: (model, inputs, targets) -> mean loss, outputs.
+        measure: (outputs, targets) -> further metrics, as sums over the batch.
+        count_targets: what the mean loss of a batch is a mean over.
+        reduce: sums the totals over ranks.
+
+    Returns:
+        "val_loss", and "val_" before each name that `measure` gives.
+    """
+    model.eval()
+    totals: dict[str, Any] = {}
+    for inputs, targets in batches:
+        with autocast():
+            loss, outputs = compute_loss(model, inputs, targets)
+        count = count_targets(targets)
+        sums = {"loss": loss * count, **measure(outputs, targets), "count": count}
+        totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
+    totals = dict(reduce(totals))
+    count = totals.pop("count")
+    return {f"val_{name}": float(total / count) for name, total in totals.items()}
+
+
 def train_step_with_clipping(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,

@@ -30,6 +30,7 @@ MODULE_ORDER = (
     "data_optimizer",
     "training_utils",
     "optimizers",
+    "contrastive",
     "error_handlers",
     "checkpoint_io",
     "distributed",

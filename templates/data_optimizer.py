@@ -1992,7 +1992,9 @@ def open_table(
         column_types=kinds,
     )
     whole = open_stream(rank=0, world_size=1)  # so that all ranks scale alike
-    classes = [] if regress else whole.unique(label_column, MAX_TABLE_CLASSES)
+    classes = []
+    if not regress:
+        classes, _ = number_classes(whole.unique(label_column, MAX_TABLE_CLASSES))
     collate = functools.partial(
         split_label, features="x", label_column=label_column, classes=classes
     )
@@ -2070,12 +2072,13 @@ def read_texts(paths: list[Path], text_column: str) -> Iterator[tuple[str, bool]
         paths: all plain text, or all Parquet, CSV or JSONL.
         text_column: to read from files that have columns.
     """
+    options = {"rank": 0, "world_size": 1, "column_types": {text_column: "string"}}
     if paths[0].suffix in (".parquet", ".pq"):
-        rows = StreamingParquetDataset(paths, [text_column], rank=0, world_size=1)
-        return ((row[text_column], True) for row in rows)
+        rows = StreamingParquetDataset(paths, [text_column], **options)
+        return ((row[text_column] or "", True) for row in rows)
     if paths[0].suffix in (".jsonl", ".ndjson", ".csv"):
-        rows = StreamingTextDataset(paths, text_column, rank=0, world_size=1)
-        return ((text, True) for text in rows)
+        rows = StreamingTextDataset(paths, text_column, **options)
+        return ((text or "", True) for text in rows)
     return read_text_files(paths)
 
 

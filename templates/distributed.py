@@ -381,7 +381,10 @@ def shard_model(
     runs. Build the optimizer afterwards. Outside torchrun this process makes a group of
     one, so that the script runs unchanged.
 
-    With fp16 use a GradScaler: its check for overflow covers all shards.
+    Forward gathers weights: every rank has to run it equally often, in evaluation too,
+    where `torch.no_grad` must be used (after `inference_mode` training fails). With
+    fp16 use a GradScaler: its check for overflow covers all shards. Of torch's
+    optimizers (2.13) AdamW, SGD (not fused) and Muon take sharded weights.
 
     Args:
         model: changed in place, on `device`; its blocks checkpointed and the model

@@ -658,7 +658,10 @@ class StateSaver:
     def resume(self, device: torch.device | None = None) -> Path | None:
         """Load the newest whole file, as `resume_training_state` does."""
         self.wait()
-        return resume_training_state(self.folder, self.parts, device, self.report)
+        path = resume_training_state(self.folder, self.parts, device, self.report)
+        if path is not None:
+            self.report(f"going on from {path}")
+        return path
 
     def save(self, step: int) -> None:
         """Copy the state, and write it while training goes on.
@@ -798,6 +801,8 @@ class RankStateSaver(StateSaver):
             return None
         path = self.folder / name
         run_on_all_ranks(lambda: self._load(path, found, device))
+        if dist.get_rank() == 0:
+            self.report(f"going on from {path}")
         return path
 
     def _load(self, path: Path, found: Any, device: torch.device | None) -> None:
@@ -1090,6 +1095,8 @@ class ShardedStateSaver(StateSaver):
             damage = next(filter(None, findings), None)
             if damage is None:
                 run_on_all_ranks(lambda path=path: self._load(path, device))
+                if dist.get_rank() == 0:
+                    self.report(f"going on from {path}")
                 return path
         return None
 
@@ -1123,14 +1130,14 @@ class ShardedStateSaver(StateSaver):
             )
 
 
-def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one line of JSON to a file, at once: a killed process loses none.
+def append_jsonl(path: Path, step: int, values: Mapping[str, Any]) -> None:
+    """Add `{"step": step, ...}` as a line to a file: a killed process loses none.
 
     NaN and infinity, which JSON has not, become null.
     """
     record = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in record.items()
+        for name, value in {"step": step, **values}.items()
     }
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")

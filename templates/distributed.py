@@ -14,18 +14,24 @@ runs as one process. Gradients are averaged over the ranks: a rank weighs its me
 by (its samples / all samples) x world size, so that uneven shares count right.
 """
 
+import contextlib
 import datetime
 import os
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class LaunchError(ValueError):
+    """Processes that were started in a way that does not fit; says the remedy."""
 
 
 def distributed_rank() -> int:
@@ -51,19 +57,19 @@ def _read_torchrun_variables() -> tuple[int, int, int] | None:
     found = {n: os.environ[n] for n in TORCHRUN_VARIABLES if os.environ.get(n)}
     missing = [name for name in TORCHRUN_VARIABLES if name not in found]
     if missing:
-        raise ValueError(
+        raise LaunchError(
             f"{', '.join(found)} set without {', '.join(missing)}: start with "
             "`torchrun --nproc-per-node=N SCRIPT`, or unset RANK, WORLD_SIZE and "
             "LOCAL_RANK to train in one process"
         )
     for name in found:
         if name != "MASTER_ADDR" and not found[name].isdecimal():
-            raise ValueError(
+            raise LaunchError(
                 f"{name}={found[name]!r} is no whole number: start with torchrun"
             )
     rank, world_size, local_rank = (int(found[n]) for n in TORCHRUN_VARIABLES[:3])
     if not local_rank <= rank < world_size:
-        raise ValueError(
+        raise LaunchError(
             f"RANK={rank}, WORLD_SIZE={world_size} and LOCAL_RANK={local_rank} do not "
             "fit together (LOCAL_RANK <= RANK < WORLD_SIZE): start with torchrun"
         )
@@ -87,7 +93,7 @@ def setup_distributed(
             collective operation, before this one fails.
 
     Raises:
-        ValueError: Only some of torchrun's environment variables are set, they
+        LaunchError: Only some of torchrun's environment variables are set, they
             contradict each other, or LOCAL_RANK names no visible GPU.
         RuntimeError: The other processes did not come in time.
     """
@@ -110,7 +116,7 @@ def setup_distributed(
         index = local_rank if device.index is None else device.index
         visible = torch.cuda.device_count()
         if index >= visible:
-            raise ValueError(
+            raise LaunchError(
                 f"LOCAL_RANK={local_rank} is outside the {visible} visible device(s): "
                 "set CUDA_VISIBLE_DEVICES or lower --nproc-per-node"
             )
@@ -400,7 +406,7 @@ def shard_model(
         The same model.
 
     Raises:
-        ValueError: the ranks cannot be divided into so many replicas.
+        LaunchError: the ranks cannot be divided into so many replicas.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -410,7 +416,7 @@ def shard_model(
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     ranks = distributed_world_size()
     if replicas < 1 or ranks % replicas:
-        raise ValueError(
+        raise LaunchError(
             f"replicas={replicas} does not divide the {ranks} rank(s): use the number "
             "of machines, or 1 to shard over all ranks"
         )
@@ -428,3 +434,52 @@ def shard_model(
         if not any(id(parameter) in tied for parameter in block.parameters()):
             fully_shard(block, mesh=mesh, mp_policy=block_policy)
     return fully_shard(model, mesh=mesh, mp_policy=root_policy)
+
+
+def print_once(*values: Any, **options: Any) -> None:
+    """`print` on the first rank; the others stay silent."""
+    if is_main_process():
+        print(*values, **options)
+
+
+@contextlib.contextmanager
+def main_rank_first() -> Iterator[None]:
+    """Let the first rank run the body before the others do, to prepare their files."""
+    if not is_main_process():
+        any_rank(False)  # waits for the first rank
+    yield
+    if is_main_process():
+        any_rank(False)
+
+
+def rank_weight(count: int | torch.Tensor) -> float | torch.Tensor:
+    """What this rank's mean loss counts in the average over ranks.
+
+    DDP and FSDP average gradients as if each rank had as many samples. Multiplied by
+    this, the average of the ranks' mean losses is the mean over all samples: with 3
+    and 1 samples the weights are 1.5 and 0.5.
+
+    Args:
+        count: What the rank's mean is over (samples, tokens). A tensor on a GPU gives
+            a tensor there, without waiting for it.
+    """
+    world_size = distributed_world_size()
+    if world_size == 1:
+        return 1.0
+    total = sum_over_ranks(torch.as_tensor(count, dtype=torch.float64))
+    weight = count * world_size / total
+    return weight if isinstance(count, torch.Tensor) else weight.item()
+
+
+def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor over ranks, on every rank."""
+    return sum_over_ranks(value) / distributed_world_size()
+
+
+def sum_values_over_ranks(
+    values: Mapping[str, float | torch.Tensor], device: torch.device
+) -> dict[str, float]:
+    """Named numbers, each summed over ranks, in one exchange."""
+    row = [torch.as_tensor(value, dtype=torch.float64) for value in values.values()]
+    row = sum_over_ranks(torch.stack([value.to(device) for value in row]))
+    return dict(zip(values, row.tolist(), strict=True))

@@ -73,8 +73,12 @@ def _warmup_then_decay(
     warmup_steps: int,
     total_steps: int,
     decay: Callable[[float], float],
+    rise: Callable[[float], float] | None = None,
 ) -> LambdaLR:
-    """LambdaLR that rises linearly, follows decay(progress in [0, 1]), then stays."""
+    """LambdaLR that rises, follows decay(progress in [0, 1]), then stays.
+
+    It rises linearly to 1 in the last warm-up step, or by rise(progress in [0, 1)).
+    """
     if warmup_steps < 0 or total_steps < 1:
         raise ValueError(
             f"warmup_steps={warmup_steps} and total_steps={total_steps}: a schedule "
@@ -85,7 +89,7 @@ def _warmup_then_decay(
         if step >= total_steps:
             return decay(1.0)
         if step < warmup_steps:
-            return (step + 1) / warmup_steps
+            return rise(step / warmup_steps) if rise else (step + 1) / warmup_steps
         return decay((step - warmup_steps) / (total_steps - warmup_steps))
 
     return LambdaLR(optimizer, factor)
@@ -125,6 +129,61 @@ def get_cosine_warmup_scheduler(
         warmup_steps,
         total_steps,
         lambda p: 0.5 * (1 + math.cos(math.pi * p)),
+    )
+
+
+def get_wsd_warmup_scheduler(
+    optimizer: torch.optim.Optimizer,
+    warmup_steps: int,
+    total_steps: int,
+    decay_fraction: float = 0.2,
+) -> LambdaLR:
+    """Linear warm-up, the peak for most of the training, linear decay to 0 at the end.
+
+    Warm-up, stable, decay (arXiv:2404.06395, there with a decay over the last 10%; that
+    20% with a linear one equal a cosine: arXiv:2405.18392). Factors for warmup_steps=2,
+    total_steps=10: .5, 1, ... 1, .5, and 0 from step 10 on.
+
+    Args:
+        optimizer: its present learning rates are the peaks.
+        warmup_steps: optimizer steps until the peak; 0 starts at the peak.
+        total_steps: optimizer steps of the whole training.
+        decay_fraction: share of total_steps that decays, above 0 and at most 1; it
+            begins after the warm-up at the earliest.
+    """
+    if not 0 < decay_fraction <= 1:
+        raise ValueError(f"decay_fraction={decay_fraction}: use 0.2, at most 1")
+    after_warmup = max(1, total_steps - warmup_steps)
+    share = min(1.0, decay_fraction * total_steps / after_warmup)
+    return _warmup_then_decay(
+        optimizer, warmup_steps, total_steps, lambda p: min(1.0, (1 - p) / share)
+    )
+
+
+def _cosine_between(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def get_onecycle_warmup_scheduler(
+    optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int
+) -> LambdaLR:
+    """Rise from 1/25 of the peak by half a cosine, then fall by another to almost 0.
+
+    The 1cycle policy (arXiv:1708.07120) with the constants of PyTorch's OneCycleLR,
+    which raises past its end where this one stays at 4e-6 of the peak. Momentum is not
+    cycled. The usual warm-up is long: 30% of the steps.
+
+    Args:
+        optimizer: its present learning rates are the peaks.
+        warmup_steps: optimizer steps until the peak; 0 starts at the peak.
+        total_steps: optimizer steps of the whole training.
+    """
+    return _warmup_then_decay(
+        optimizer,
+        warmup_steps,
+        total_steps,
+        functools.partial(_cosine_between, 1.0, 1 / 25 / 1e4),
+        functools.partial(_cosine_between, 1 / 25, 1.0),
     )
 
 
@@ -184,22 +243,6 @@ class EarlyStopping:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         vars(self).update(state)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split trainable parameters for an optimizer: weights decay, the rest does not.
-
-    Parameters with two or more dimensions decay (matrices, convolutions, embeddings:
-    the rule of GPT-2 reimplementations); biases, norm scales and other vectors do not.
-    A tied parameter comes once. The order is that of `model.named_parameters()`, and
-    an empty group is left out.
-    """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def _batch_tensors(batch: Any) -> list[torch.Tensor]:
@@ -282,6 +325,161 @@ def step_optimizer(
         optimizer.step()
         return True
     return not _step_and_flag_skip(optimizer, scaler).item()
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a parameter is NaN or infinite: training on would be wasted."""
+
+
+def _floating_shards(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Return what this rank holds of each tensor, leaving out integers and nothing."""
+    shards = []
+    for tensor in tensors:
+        tensor = tensor.detach()
+        if hasattr(tensor, "to_local"):
+            tensor = tensor.to_local()  # FSDP2: no communication for looking at it
+        if tensor.is_sparse:
+            tensor = tensor.coalesce().values()
+        if tensor.is_floating_point() and tensor.numel():
+            shards.append(tensor)
+    return shards
+
+
+def _all_finite(tensors: list[torch.Tensor]) -> bool:
+    """Whether no value on any rank is NaN or infinite; waits once for each device."""
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for shard in _floating_shards(tensors):
+        by_device.setdefault(shard.device, []).append(shard)
+    flags = [
+        # The maximum norm is finite exactly where all values are: nothing overflows.
+        torch.stack([n.float() for n in torch._foreach_norm(shards, math.inf)])
+        .isfinite()
+        .all()
+        for shards in by_device.values()
+    ]
+    meshes = [t.device_mesh for t in tensors if hasattr(t, "device_mesh")]
+    if not meshes:
+        return all(map(bool, flags))
+    # FSDP2: each rank sees its shards only, and all of them must decide alike.
+    finite = torch.ones((), dtype=torch.int32, device=meshes[0].device_type)
+    for flag in flags:
+        finite *= flag.to(finite.device)
+    torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+    return bool(finite)
+
+
+def gradients_are_finite(model: nn.Module) -> bool:
+    """Whether no gradient is NaN or infinite: skip the optimizer's step if one is.
+
+    Waits for the GPU once. With FSDP2 all ranks get the same answer and must call it.
+    """
+    return _all_finite([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def _describe_nonfinite(tensors: Mapping[str, torch.Tensor], limit: int = 3) -> str:
+    """Name the first tensors with values that are not finite, and how many they are."""
+    found = []
+    for name, tensor in tensors.items():
+        for shard in _floating_shards([tensor]):
+            if bad := int((~shard.isfinite()).sum()):
+                found.append(f"{name} ({bad} of {shard.numel()} values)")
+    more = f" and {len(found) - limit} more" if len(found) > limit else ""
+    sharded = any(hasattr(tensor, "device_mesh") for tensor in tensors.values())
+    nothing = "none on this rank" if sharded else "none"
+    return ", ".join(found[:limit]) + more if found else nothing
+
+
+def check_finite(loss: torch.Tensor | float, model: nn.Module, step: int) -> None:
+    """Raise where the loss or a parameter is NaN or infinite.
+
+    Waits for the GPU: call it where the loss is read anyway, and before a save, so that
+    the last checkpoint stays a good one. Gradients do not count, because a GradScaler
+    skips those that overflow, but the error names them. With FSDP2 all ranks must call
+    it, with the same loss.
+
+    Args:
+        loss: of one step, or a mean over several.
+        step: optimizer steps so far, for the message.
+
+    Raises:
+        NonFiniteError: names the first parameters and gradients, and what to look at.
+    """
+    loss = float(loss)
+    parameters = dict(model.named_parameters())
+    if _all_finite(list(parameters.values())) and math.isfinite(loss):
+        return
+    gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+    raise NonFiniteError(
+        f"step {step}: the loss is {loss:g}. Parameters that are not finite: "
+        f"{_describe_nonfinite(parameters)}. Gradients: "
+        f"{_describe_nonfinite(gradients)}. What to look at: a lower learning rate, a "
+        "longer warm-up, clipping of gradients (--clip), bf16 or fp32 instead of fp16 "
+        "(--dtype), input rows with NaN or huge values; --skip-nonfinite skips single "
+        "steps. The last checkpoint is from before this."
+    )
+
+
+def step_if_finite(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None = None,
+) -> bool:
+    """Step the optimizer unless a gradient is NaN or infinite; whether it stepped.
+
+    Waits for the GPU. An enabled scaler looks at the gradients itself, and lowers its
+    scale. Schedule and EMA must not step where this returns False.
+    """
+    if scaler is not None and scaler.is_enabled():
+        return step_optimizer(optimizer, scaler)
+    if not gradients_are_finite(model):
+        return False
+    optimizer.step()
+    return True
+
+
+def count_right(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How many labels have the largest logit, as "accuracy" for `evaluate_model`.
+
+    Args:
+        logits: (..., C) of classes or tokens.
+        labels: (...), numbers of classes; -100 never counts.
+    """
+    return {"accuracy": (logits.argmax(-1) == labels).sum()}
+
+
+@torch.inference_mode()
+def evaluate_model(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Any]],
+    compute_loss: Callable[..., tuple[torch.Tensor, Any]],
+    measure: Callable[[Any, Any], Mapping[str, torch.Tensor]],
+    count_targets: Callable[[Any], Any] = len,
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    reduce: Callable[[dict[str, Any]], Mapping[str, Any]] = dict,
+) -> dict[str, float]:
+    """Mean loss and metrics over batches, in eval mode, each sample counted once.
+
+    Args:
+        batches: (inputs, targets) on the model's device.
+        compute_loss: (model, inputs, targets) -> mean loss, outputs.
+        measure: (outputs, targets) -> further metrics, as sums over the batch.
+        count_targets: what the mean loss of a batch is a mean over.
+        reduce: sums the totals over ranks.
+
+    Returns:
+        "val_loss", and "val_" before each name that `measure` gives.
+    """
+    model.eval()
+    totals: dict[str, Any] = {}
+    for inputs, targets in batches:
+        with autocast():
+            loss, outputs = compute_loss(model, inputs, targets)
+        count = count_targets(targets)
+        sums = {"loss": loss * count, **measure(outputs, targets), "count": count}
+        totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
+    totals = dict(reduce(totals))
+    count = totals.pop("count")
+    return {f"val_{name}": float(total / count) for name, total in totals.items()}
 
 
 def train_step_with_clipping(
@@ -497,8 +695,13 @@ class CheckpointedModel(nn.Module):
         return x
 
 
-def _find_repeated_blocks(module: nn.Module) -> list[nn.Module]:
-    """Return the members of the outermost lists of repeated blocks."""
+def find_repeated_blocks(module: nn.Module) -> list[nn.Module]:
+    """Return a model's repeated blocks, in order: units to checkpoint or to shard.
+
+    They are the members of the outermost `nn.ModuleList` or `nn.Sequential` that holds
+    two or more modules of the same class which have modules of their own. Empty where
+    there is none.
+    """
     kinds: Counter[type] = Counter()
     if isinstance(module, (nn.ModuleList, nn.Sequential)):
         kinds.update(
@@ -506,7 +709,7 @@ def _find_repeated_blocks(module: nn.Module) -> list[nn.Module]:
         )
     blocks = []
     for child in module.children():
-        blocks += [child] if kinds[type(child)] > 1 else _find_repeated_blocks(child)
+        blocks += [child] if kinds[type(child)] > 1 else find_repeated_blocks(child)
     return blocks
 
 
@@ -575,7 +778,7 @@ def enable_gradient_checkpointing(
             )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         return model
-    blocks = _find_repeated_blocks(model) if blocks is None else list(blocks)
+    blocks = find_repeated_blocks(model) if blocks is None else list(blocks)
     if not blocks:
         raise ValueError(
             f"{type(model).__name__} has no nn.ModuleList or nn.Sequential of repeated "

@@ -75,17 +75,32 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **extra}
 
 
-def run(script: Path, *words: str, expect: int = 0, inject: str = "", **extra: str):
-    """Run a script in its own folder and process; its output as text.
+def command_line(script: Path, *words: str, inject: str = "", ranks: int = 0):
+    """The command that runs a script, by torchrun where there are ranks.
 
     Args:
         inject: statements to run before main(), `script` being the module.
     """
-    command = [sys.executable, *STRICT, str(script)]
-    if inject:
-        command = [sys.executable, *STRICT, str(DRIVER), str(script), inject]
+    target = [str(DRIVER), str(script), inject] if inject else [str(script)]
+    if not ranks:
+        return [sys.executable, *STRICT, *target, *words]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    strict = ["--no-python", sys.executable, *STRICT]
+    return [*launcher, f"--nproc-per-node={ranks}", *strict, *target, *words]
+
+
+def run(
+    script: Path,
+    *words: str,
+    expect: int = 0,
+    inject: str = "",
+    ranks: int = 0,
+    **extra: str,
+):
+    """Run a script in its own folder; its output as text."""
+    command = command_line(script, *words, inject=inject, ranks=ranks)
     done = subprocess.run(
-        [*command, *words],
+        command,
         cwd=script.parent,
         env=environment(**extra),
         capture_output=True,

@@ -277,6 +277,16 @@ def check_unsynchronised() -> dict[str, float]:
     return {}
 
 
+def check_evaluation_first() -> dict[str, float]:
+    """A resumed run may begin with an evaluation; then it still trains."""
+    model = make_model()
+    shard_model(model, model.blocks, CPU)
+    with torch.inference_mode():
+        model(make_batch(0)[0])
+    assert largest_difference(train(model, on_share()), one_process()) < 1e-13
+    return {}
+
+
 def check_precisions() -> dict[str, float]:
     """bf16 and fp16 stay near fp32; an overflow on one rank skips the step on all."""
 
@@ -631,6 +641,7 @@ def main() -> None:
     if check == "all":
         check_exchanges()
         check_unsynchronised()
+        check_evaluation_first()
         figures["check_precisions"] = check_precisions()
         figures["check_out_of_memory"] = check_out_of_memory()
         check_rank_saver(folder / f"{distributed_world_size()}-ranks")

@@ -16,13 +16,13 @@ torch.compile, seeds, warm-up schedules, early stopping, gradient clipping, EMA.
 import contextlib
 import copy
 import functools
-import importlib.util
 import math
 import os
 import random
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -878,7 +878,7 @@ def _fp8_obstacle(device: torch.device) -> str:
             f"this GPU has compute capability {major}.{minor}, fp8 needs 8.9 (Ada, "
             "Hopper or newer)"
         )
-    if importlib.util.find_spec("torchao") is None:
+    if find_spec("torchao") is None:
         return "torchao is not installed: pip install torchao"
     return ""
 

@@ -6,7 +6,7 @@ READY := .venv/.ready
 # Two OpenMP threads on a busy machine can be ten times slower than one.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all lint format bench clean
+.PHONY: demo test test-all lint format bench skill evals-check clean
 
 demo: $(READY)  ## generate a script and train with it on real data
 	$(BIN)/generate-script --amp --checkpointing -o demo/train.py --force
@@ -28,6 +28,12 @@ format: $(READY)
 
 bench: $(READY)  ## what the generator costs, beside its parts
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/generator.py
+
+skill:  ## dist/pytorch-optimization.skill, and the same unpacked beside it
+	$(PYTHON) .ci/make_skill.py
+
+evals-check: $(READY)  ## verifiers fail on empty and wrong answers, pass on right ones
+	OMP_NUM_THREADS=1 $(BIN)/python evals/check.py
 
 clean:
 	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache

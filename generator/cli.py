@@ -10,13 +10,16 @@ import json
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import __version__
+from . import __version__, auto
 from .options import (
     CONFLICTS,
+    PRESETS,
+    REQUIREMENTS,
     SECTIONS,
     TASKS,
     Request,
@@ -58,11 +61,31 @@ def make_parser() -> RequestParser:
     parser.add_argument(
         "--task", metavar="{" + ",".join(TASKS) + "}", help="default: text"
     )
+    parser.add_argument(
+        "--model",
+        metavar="hf:NAME|timm:NAME|module:Class",
+        help="instead of the built-in one",
+    )
+    parser.add_argument(
+        "--preset", metavar="{" + ",".join(PRESETS) + "}", help="sections by the dozen"
+    )
+    parser.add_argument(
+        "--auto",
+        nargs="?",
+        metavar="SIZE",
+        help="sections for this machine and a model of SIZE parameters (100M)",
+    )
+    parser.add_argument(
+        "--from", metavar="FILE.yaml", help="options from a file; these go over it"
+    )
+    parser.add_argument(
+        "--save", metavar="FILE.yaml", help="write the options there, for --from"
+    )
     group = parser.add_argument_group("sections (numbers: of the guide)")
     for section in SECTIONS.values():
-        text = f"{section.summary} ({section.guide})"
+        text = f"{section.summary} ({section.guide})".removesuffix(" (-)")
         if section.takes_value:
-            metavar = "|".join(section.choices) or "N"
+            metavar = "{" + ",".join(section.choices) + "}" if section.choices else "N"
             nargs = None if section.default is None else "?"
             group.add_argument(section.flag, nargs=nargs, metavar=metavar, help=text)
         else:
@@ -124,25 +147,108 @@ def run(words: Sequence[str]) -> None:
     elif "extract" in options and not problems:
         extract(options)
     else:
+        as_json = "json" in options
+        answers, more = collect_answers(options, quiet=as_json)
+        problems += more
         request, more = check_request(
-            options.get("task", "text"),
-            {name: options[name] for name in SECTIONS if name in options},
-            options.get("output", "train.py"),
-            "split" in options,
+            answers.get("task", "text"),
+            {name: answers[name] for name in SECTIONS if name in answers},
+            answers.get("output", "train.py"),
+            "split" in answers,
+            answers.get("model", ""),
         )
         if request is None or problems:
-            raise RequestError(problems + more)
-        write_script(request, "force" in options, "json" in options)
+            raise RequestError(list(dict.fromkeys(problems + more)))
+        write_script(request, "force" in options, as_json, options.get("save"))
 
 
-def write_script(request: Request, force: bool, as_json: bool) -> None:
+def collect_answers(
+    options: dict[str, Any], quiet: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """All that was asked for: the command line over --from over --preset or --auto.
+
+    Returns:
+        Name -> text, and what is wrong with those names and values.
+    """
+    problems: list[str] = []
+    answers: dict[str, Any] = {}
+    saved, more = read_answers(options["from"]) if "from" in options else ({}, [])
+    problems += more
+    preset = options.get("preset", "minimal")
+    if preset in PRESETS:
+        answers = dict(PRESETS[preset]) if "preset" in options else {}
+    else:
+        problems.append(f"--preset {preset}: choose {' or '.join(PRESETS)}")
+    if "auto" in options:
+        try:
+            size = auto.parse_size(options["auto"] or "100M")
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            gpus = auto.find_gpus()
+            choices = auto.choose_sections(size, gpus)
+            answers = {choice.section: choice.value for choice in choices}
+            lines = [f"--auto: {auto.describe_machine(gpus)}"]
+            lines += [f"  {SECTIONS[c.section].flag}: {c.reason}" for c in choices]
+            if not quiet:
+                print("\n".join(lines), file=sys.stderr)
+    names = ("task", "model", "output", "split", *SECTIONS)
+    answers |= saved
+    answers |= {name: options[name] for name in names if name in options}
+    return answers, problems
+
+
+def read_answers(path: str) -> tuple[dict[str, str | None], list[str]]:
+    """The options in a YAML file, as texts, and what is wrong with it."""
+    import yaml  # only here: it takes a tenth of a second
+
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        return {}, [f"--from {path}: cannot be read ({error.strerror})"]
+    except (ValueError, yaml.YAMLError) as error:
+        return {}, [f"--from {path}: no YAML: {' '.join(str(error).split())}"]
+    if not isinstance(loaded, dict):
+        return {}, [f"--from {path}: write one `option: value` a line"]
+    known = ("task", "model", "output", "split", *SECTIONS)
+    answers, problems = {}, []
+    for key, value in loaded.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            problems.append(f"--from {path}: {suggest(str(key), known)}")
+        elif value is not False:  # switched off
+            answers[name] = None if value is True or value is None else str(value)
+    return answers, problems
+
+
+def save_answers(request: Request, path: str, force: bool) -> None:
+    """Write the options of a request as YAML that --from reads."""
+    import yaml
+
+    answers: dict[str, Any] = {"task": request.task.name}
+    if request.model.name:
+        text = request.model.name if request.model.kind == "module" else request.model
+        answers["model"] = str(text)
+    answers |= request.sections
+    answers |= {"split": True} if request.split else {}
+    answers["output"] = request.output
+    write_files({path: yaml.safe_dump(answers, sort_keys=False)}, force)
+
+
+def write_script(
+    request: Request, force: bool, as_json: bool, answers_path: str | None = None
+) -> None:
     """Render, write, and say what to do next."""
     script = import_render().render_script(request)
     files = {request.output: script.text}
     if request.split:
         path = Path(request.output)
         files[str(path.with_name(path.stem + "_tools.py"))] = script.tools
+    for name, text in script.further.items():
+        files[str(Path(request.output).with_name(name))] = text
     write_files(files, force)
+    if answers_path:
+        save_answers(request, answers_path, force)
     folder, name = os.path.split(request.output)
     run_command = f"python {shlex.quote(name)}"
     if folder:
@@ -248,7 +354,9 @@ def list_as_json() -> str:
                 }
                 for section in SECTIONS.values()
             },
+            "presets": {name: list(preset) for name, preset in PRESETS.items()},
             "conflicts": [vars(conflict) for conflict in CONFLICTS],
+            "requirements": [vars(requirement) for requirement in REQUIREMENTS],
         },
         indent=2,
     )
@@ -262,9 +370,28 @@ def list_as_text() -> str:
         rows.append(f"           --data of the script takes {task.own_data}")
     rows += ["", "Sections (the numbers are those of the guide):"]
     for section in SECTIONS.values():
-        rows.append(f"  {section.usage:34} {section.summary} ({section.guide})")
+        guide = f" ({section.guide})" if section.guide != "-" else ""
+        rows.append(f"  {section.usage:34} {section.summary}{guide}")
+    rows += ["", "Presets (--preset):"]
+    for name, preset in PRESETS.items():
+        flags = [SECTIONS[n].flag + (f"={v}" if v else "") for n, v in preset.items()]
+        rows += textwrap.wrap(
+            f"{name:12} {' '.join(flags)}",
+            88,
+            initial_indent="  ",
+            subsequent_indent=" " * 15,
+            break_on_hyphens=False,
+        )
+    rows += ["", "Need another:"]
+    rows += [f"  {item}" for item in REQUIREMENTS]
     rows += ["", "Do not go together:"]
     for first in dict.fromkeys(conflict.first for conflict in CONFLICTS):
         others = [c.second for c in CONFLICTS if c.first == first]
-        rows.append(f"  {first} with {', '.join(others)}")
+        rows += textwrap.wrap(
+            f"{first} with {', '.join(others)}",
+            88,
+            initial_indent="  ",
+            subsequent_indent="      ",
+            break_on_hyphens=False,
+        )
     return "\n".join(rows)

@@ -1,35 +1,47 @@
 """Rendering: from a checked request to glue, and from glue to the finished script."""
 
+import re
 import shlex
 import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path, PurePath
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from . import __version__
 from .options import SECTIONS, Request
-from .stitch import Library, Script, stitch_definitions, stitch_script
+from .stitch import (
+    LINE_LENGTH,
+    Library,
+    Script,
+    stitch_companion,
+    stitch_definitions,
+    stitch_script,
+)
 
 GLUE = Path(__file__).resolve().parent / "glue"
 
-PHRASES = {
-    "amp": "mixed precision",
-    "checkpointing": "{} activation checkpointing",
-    "compile": "torch.compile",
-    "accumulate": "gradient accumulation",
-    "clip": "gradient clipping",
-    "scheduler": "a {} schedule with warm-up",
-    "ema": "averaged weights (EMA)",
-    "early_stopping": "early stopping",
-    "oom_recovery": "recovery from out of memory",
-    "resume": "exact resume",
-    "deterministic": "deterministic kernels",
-}
+
+def fit(head: str, items: Iterable[str], tail: str, is_call: bool = True) -> str:
+    """A bracket and its items as `ruff format` lays them out; "" is no item.
+
+    On one line; else, in calls, the items on a line of their own; else one a line.
+    """
+    items = [item for item in items if item]
+    indent = " " * (len(head) - len(head.lstrip()))
+    line = ", ".join(items)
+    if len(head + line + tail) <= LINE_LENGTH:
+        return head + line + tail
+    if is_call and head.endswith("(") and len(indent) + 4 + len(line) <= LINE_LENGTH:
+        return f"{head}\n{indent}    {line}\n{indent}{tail}"
+    rows = "".join(f"{indent}    {item},\n" for item in items)
+    return f"{head}\n{rows}{indent}{tail}"
 
 
 def make_environment() -> Environment:
     """Jinja for Python source: an unknown name is an error, whole lines vanish."""
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(GLUE),
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -37,6 +49,8 @@ def make_environment() -> Environment:
         keep_trailing_newline=True,
         autoescape=False,  # Python source, not HTML
     )
+    environment.globals["fit"] = fit
+    return environment
 
 
 def wrap_command(words: list[str], width: int = 88) -> str:
@@ -55,7 +69,7 @@ def wrap_command(words: list[str], width: int = 88) -> str:
 def describe_sections(request: Request) -> str:
     """The chosen sections in words, in the order of the guide."""
     phrases = [
-        PHRASES[name].format(request.sections[name])
+        SECTIONS[name].phrase.format(request.sections[name])
         for name in SECTIONS
         if name in request.sections
     ]
@@ -72,31 +86,61 @@ def render_script(request: Request, library: Library | None = None) -> Script:
         jinja2.TemplateError, StitchError: a mistake in our glue or templates.
     """
     environment = make_environment()
+    library = library or Library.load()
     script_name = "train.py" if request.output == "-" else PurePath(request.output).name
     context = {
         **dict.fromkeys(SECTIONS, False),
         **request.sections,
         "task": request.task,
+        "model": request.model,
         "version": __version__,
         "script": shlex.quote(script_name),
+        "module": request.stem,
         "summary": textwrap.fill(
             f"Train {request.task.subject} with {describe_sections(request)}.", 80
         ),
         "command": wrap_command(request.command),
     }
 
-    def render(file: str) -> str:
-        return environment.get_template(file).render(context)
+    def render(template: str, **more: str) -> str:
+        return environment.get_template(template).render(context, **more)
 
     names = ("config", request.task.name, "train")
-    return stitch_script(
+    tools_module = request.stem + "_tools" if request.split else ""
+    script = stitch_script(
         header=render("header.py.j2"),
         glue={name: render(f"{name}.py.j2") for name in names},
         guard=render("guard.py.j2"),
-        library=library or Library.load(),
-        tools_module=PurePath(request.output).stem + "_tools" if request.split else "",
+        library=library,
+        tools_module=tools_module,
         notice=f"Stitched by pytorch-optimization {__version__}.",
     )
+    homes = script.homes(request.stem, tools_module)
+    further = {
+        file: render_companion(name, file, render, library, homes)
+        for name, file in request.further_files.items()
+    }
+    return replace(script, further=further)
+
+
+def render_companion(
+    name: str,
+    file: str,
+    render: Callable[..., str],
+    library: Library,
+    homes: Mapping[str, str],
+) -> str:
+    """One further file: a shell script as it is rendered, Python stitched.
+
+    A Python file's glue has its header first and its guard last, apart from the rest by
+    a line that begins with `# ===`.
+    """
+    if name == "slurm":
+        return render("slurm.sh.j2", file=file)
+    header, glue, guard = re.split(
+        r"^# ===.*\n", render(f"{name}.py.j2", file=file), flags=re.MULTILINE
+    )
+    return stitch_companion(header, {file: glue}, guard, library, homes)
 
 
 def render_definitions(names: list[str], library: Library) -> str:

@@ -12,7 +12,7 @@ import builtins
 import symtable
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -22,15 +22,21 @@ TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
 MODULE_ORDER = (
     "config",
     "device_manager",
+    "builtin_models",
     "builtin_data",
+    "language_data",
+    "pretrained",
+    "contrastive",
     "data_optimizer",
     "training_utils",
+    "optimizers",
     "error_handlers",
     "checkpoint_io",
     "distributed",
     "inference",
     "profiling",
     "loggers",
+    "script_checks",
 )
 
 LINE_LENGTH = 88
@@ -210,14 +216,25 @@ class Library:
             if path.exists()
         )
 
-    def close_over(self, roots: Iterable[str]) -> tuple[set[str], list[Import]]:
-        """Every template name that `roots` need, and the imports needed for them."""
+    def close_over(
+        self, roots: Iterable[str], there: Mapping[str, str] | None = None
+    ) -> tuple[set[str], list[Import]]:
+        """Every template name that `roots` need, and the imports needed for them.
+
+        Args:
+            there: name -> a module beside this file that has it: imported from there,
+                and followed no further.
+        """
+        there = there or {}
         reached: set[str] = set()
         imports: set[Import] = set()
         queue = sorted(roots)
         while queue:
             name = queue.pop()
             if name in reached:
+                continue
+            if name in there:
+                imports.add(Import(there[name], name))
                 continue
             module = self.owners[name]
             definition = module.by_name[name]
@@ -319,6 +336,14 @@ class Script:
 
     text: str
     tools: str = ""
+    own_names: frozenset[str] = frozenset()  # that its glue defines
+    tool_names: frozenset[str] = frozenset()  # of the templates that it carries
+    further: Mapping[str, str] = field(default_factory=dict)  # file name -> its text
+
+    def homes(self, module: str, tools_module: str = "") -> dict[str, str]:
+        """Where a file beside it finds each name: name -> module to import it from."""
+        homes = dict.fromkeys(self.tool_names, tools_module or module)
+        return homes | dict.fromkeys(self.own_names, module)
 
 
 def stitch_script(
@@ -341,6 +366,64 @@ def stitch_script(
     Raises:
         StitchError: a name that nobody defines, with the glue line that uses it.
     """
+    body, own_names, imports, roots = read_glue(glue, guard, library, {})
+    names, tool_imports = library.close_over(roots)
+    tools = library.emit(names)
+    if not tools_module:
+        imports = merge_imports(imports, tool_imports)
+        text = join_parts(start_file(header, imports) + body, tools, guard)
+        return Script(text, "", frozenset(own_names), frozenset(names))
+    imports = merge_imports(imports, (Import(tools_module, name) for name in roots))
+    start = start_file(header, imports, own_modules=[tools_module])
+    title = f'"""Tools of the script that imports them.\n\n{notice}\n"""'
+    return Script(
+        join_parts(start + body, guard),
+        join_parts(start_file(title, tool_imports) + tools),
+        frozenset(own_names),
+        frozenset(names),
+    )
+
+
+def stitch_companion(
+    header: str,
+    glue: Mapping[str, str],
+    guard: str,
+    library: Library,
+    there: Mapping[str, str],
+) -> str:
+    """One file beside a script, which imports all that the script has.
+
+    Only those tools come along that the script lacks. So there is one copy of each, and
+    what its user edits in the script counts in this file as well.
+
+    Args:
+        there: name -> module beside this file that has it, see `Script.homes`.
+
+    Raises:
+        StitchError: as `stitch_script`.
+    """
+    body, _, imports, roots = read_glue(glue, guard, library, there)
+    names, tool_imports = library.close_over(roots, there)
+    imports = merge_imports(imports, tool_imports)
+    start = start_file(header, imports, own_modules=sorted({*there.values()}))
+    parts = (start + body, library.emit(names), guard)
+    return join_parts(*(part for part in parts if part))
+
+
+def read_glue(
+    glue: Mapping[str, str],
+    guard: str,
+    library: Library,
+    there: Mapping[str, str],
+) -> tuple[str, set[str], list[Import], set[str]]:
+    """Body, own names and imports of rendered glue, and the names that it lacks.
+
+    Args:
+        there: name -> module beside the file that has it, of which one is lacked too.
+
+    Raises:
+        StitchError: see `stitch_script`.
+    """
     parts = [parse_module(name, source) for name, source in glue.items()]
     body = "\n\n".join(part.body for part in parts)
     own_names = {name for part in parts for name in part.by_name}
@@ -349,25 +432,13 @@ def stitch_script(
 
     used = find_free_names(body + guard) - own_names
     imports = [part.imports[name] for part in parts for name in used & {*part.imports}]
-    roots = used & library.owners.keys()
-    unknown = used - ALWAYS_THERE - roots - {item.bound_name for item in imports}
-    if unknown:
+    imported = {item.bound_name for item in imports}
+    roots = used & (library.owners.keys() | there.keys()) - imported
+    if unknown := used - ALWAYS_THERE - roots - imported:
         raise StitchError(locate_name(min(unknown), glue))
-    if too_early := roots & find_import_time_names(body):
+    if too_early := roots & find_import_time_names(body) - there.keys():
         raise StitchError(f"{min(too_early)} is needed before the tools are defined")
-
-    names, tool_imports = library.close_over(roots)
-    tools = library.emit(names)
-    if not tools_module:
-        imports = merge_imports(imports, tool_imports)
-        return Script(join_parts(start_file(header, imports) + body, tools, guard))
-    imports = merge_imports(imports, (Import(tools_module, name) for name in roots))
-    start = start_file(header, imports, own_modules=[tools_module])
-    title = f'"""Tools of the script that imports them.\n\n{notice}\n"""'
-    return Script(
-        join_parts(start + body, guard),
-        join_parts(start_file(title, tool_imports) + tools),
-    )
+    return body, own_names, imports, roots
 
 
 def stitch_definitions(names: Iterable[str], header: str, library: Library) -> str:

@@ -5,6 +5,8 @@ folder = write_digit_images(Path("digits"))
 """
 
 import ast
+import json
+import os
 import sysconfig
 from pathlib import Path
 
@@ -48,6 +50,62 @@ def stdlib_docstrings(
     return list(label_of_text), list(label_of_text.values())
 
 
+def stdlib_functions(
+    packages: tuple[str, ...] = (*STDLIB_PACKAGES, "collections", "json"),
+) -> tuple[list[str], list[str]]:
+    """What functions of the standard library do, and how they are called.
+
+    Parsed, never imported. The modules beside the packages are taken too. A docstring
+    or a signature that stands in two places is taken once.
+
+    Returns:
+        first paragraphs of docstrings, and signatures such as
+        `Handler.emit(self, record)`, of the same length, in an order that depends only
+        on the Python version.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = [*root.glob("*.py")]
+    paths += [path for name in packages for path in (root / name).rglob("*.py")]
+    signature_of: dict[str, str] = {}
+    for path in sorted(paths):
+        if path.parent.name == "encodings":  # long tables, few functions
+            continue
+        tree = ast.parse(path.read_bytes())
+        classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        for owner in (tree, *classes):
+            prefix = f"{owner.name}." if isinstance(owner, ast.ClassDef) else ""
+            for node in owner.body:
+                if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                    continue
+                summary = (ast.get_docstring(node) or "").partition("\n\n")[0]
+                if summary.strip():
+                    signature = f"{prefix}{node.name}({ast.unparse(node.args)})"
+                    signature_of.setdefault(summary, signature)
+    unique = {signature: summary for summary, signature in signature_of.items()}
+    return list(unique.values()), list(unique)
+
+
+def stdlib_sources(packages: tuple[str, ...] = ("asyncio", "email")) -> list[Path]:
+    """The source files of some packages of the standard library, about 0.9 MB."""
+    root = Path(sysconfig.get_path("stdlib"))
+    return sorted(path for name in packages for path in (root / name).rglob("*.py"))
+
+
+def write_jsonl(path: Path, columns: dict[str, list[str]]) -> Path:
+    """Write texts as a JSONL file, a row a line; it appears in one step.
+
+    Returns:
+        `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        for row in zip(*columns.values(), strict=True):
+            file.write(json.dumps(dict(zip(columns, row, strict=True))) + "\n")
+    os.replace(partial, path)
+    return path
+
+
 def write_digit_images(folder: Path) -> Path:
     """Write scikit-learn's 1,797 handwritten digits as PNG files, one folder a class.
 
@@ -77,3 +135,35 @@ def write_digit_images(folder: Path) -> Path:
             Image.fromarray(pixels).save(path)
         complete.touch()
     return folder
+
+
+def write_digit_table(path: Path) -> Path:
+    """Write scikit-learn's handwritten digits as a Parquet file, a row an image.
+
+    64 columns `pixel_0_0` ... `pixel_7_7` (0 to 16) and `label`; 1,797 rows. Does
+    nothing where the file is already there.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ImportError: scikit-learn or pyarrow is missing; says how to install them.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            f"the built-in table needs {error.name}: pip install scikit-learn pyarrow,"
+            " or pass --data FILE with your own"
+        ) from error
+    if not path.exists():
+        digits = load_digits()
+        columns = {f"pixel_{i // 8}_{i % 8}": digits.data[:, i] for i in range(64)}
+        table = pyarrow.table({**columns, "label": digits.target})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        parquet.write_table(table, partial, row_group_size=256)
+        os.replace(partial, path)
+    return path

@@ -59,7 +59,7 @@ class TrainingConfig:
     def save(self, path: str) -> None:
         """Write every field to a YAML or .json file that `load` reads back."""
         if Path(path).suffix == ".json":
-            write_settings(Path(path), self)
+            write_settings(Path(path), asdict(self))
         else:
             yaml = _import_yaml()
             text = yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
@@ -291,44 +291,55 @@ def start_run(config: Any, out_dir: str) -> Path:
     while (folder / "config.json").exists():
         number += 1
         folder = Path(f"{Path(out_dir)}-{number}")  # "run/" would be "run/-2"
-    write_settings(folder / "config.json", config)
+    write_settings(folder / "config.json", asdict(config))
     return folder
 
 
-def continue_run(config: Any, out_dir: str, may_change: Collection[str]) -> Path:
+def continue_run(
+    config: Any,
+    out_dir: str,
+    facts: Mapping[str, Any] | None = None,
+    may_change: Collection[str] = ("out_dir", "save_every", "num_workers", "cpu"),
+) -> Path:
     """The folder of a run that is started or goes on, with its settings in config.json.
 
     Args:
         config: a dataclass.
+        facts: what else has to be as it was, such as the number of samples; kept in
+            facts.json.
         may_change: settings that do not alter the result of a run.
 
     Raises:
-        ConfigError: another setting differs from the one that the run began with.
+        ConfigError: another setting or fact differs from what the run began with.
     """
-    path = Path(out_dir) / "config.json"
-    began: dict[str, Any] = {}
-    if path.exists():
-        began = read_config_file(str(path))
-        changed = [
-            f"{name} was {began.get(name)!r} and is {value!r}"
-            for name, value in asdict(config).items()
-            if name not in may_change and began.get(name) != value
+    folder = Path(out_dir)
+    changed = []
+    for name, values in (("config.json", asdict(config)), ("facts.json", facts or {})):
+        if not (folder / name).exists():
+            continue
+        began = read_config_file(str(folder / name))
+        changed += [
+            f"{key} was {began.get(key)!r} and is {value!r}"
+            for key, value in values.items()
+            if key not in may_change and began.get(key) != value
         ]
-        if changed:
-            raise ConfigError(
-                f"{out_dir} holds a run with other settings ({'; '.join(changed)}):"
-                " put them back, or start another run with --out-dir"
-            )
-    if began != asdict(config):
-        write_settings(path, config)
-    return path.parent
+    if changed:
+        raise ConfigError(
+            f"{out_dir} holds a run with other settings ({'; '.join(changed)}):"
+            " put them back, or start another run with --out-dir"
+        )
+    write_settings(folder / "config.json", asdict(config))
+    write_settings(folder / "facts.json", facts or {})
+    return folder
 
 
-def write_settings(path: Path, config: Any) -> None:
-    """The fields of a dataclass as JSON, which `--config` reads."""
+def write_settings(path: Path, values: Mapping[str, Any]) -> None:
+    """Settings as JSON, which `--config` reads; nothing where they stand there."""
     temporary = path.with_suffix(".tmp")
-    text = json.dumps(asdict(config), indent=2) + "\n"
+    text = json.dumps(values, indent=2) + "\n"
     try:
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)

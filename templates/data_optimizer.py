@@ -22,9 +22,12 @@ Sizes in names: B batch, C channel, H height, W width.
 """
 
 import abc
+import collections
 import contextlib
+import copy
 import fnmatch
 import functools
+import glob
 import importlib
 import itertools
 import os
@@ -32,8 +35,16 @@ import random
 import re
 import signal
 import time
+import traceback
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import (
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -151,9 +162,11 @@ class ResumableBatchSampler(Sampler[list[int]]):
         shuffle: False keeps the dataset's order.
         drop_last: leave out the rows that do not fill a batch.
         rank, world_size: taken from torch.distributed where not given.
+        allow_empty: a rank may get no row of a short batch, as in the evaluation of
+            few rows; `create_optimized_dataloader` makes an empty batch of that.
 
     Raises:
-        ValueError: if a rank would get no row of some batch.
+        ValueError: if a rank would get no row of some batch, without `allow_empty`.
     """
 
     def __init__(
@@ -165,6 +178,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
         drop_last: bool = False,
         rank: int | None = None,
         world_size: int | None = None,
+        allow_empty: bool = False,
     ):
         if length < 0 or batch_size < 1:
             raise ValueError(
@@ -173,10 +187,11 @@ class ResumableBatchSampler(Sampler[list[int]]):
         self.rank, self.world_size = _data_rank(rank, world_size)
         self.length = length // batch_size * batch_size if drop_last else length
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
+        self.allow_empty = allow_empty
         self.epoch = self.start = 0
         steps = len(self)
         shortest = self._bound(steps) - self._bound(steps - 1) if steps else None
-        if shortest is not None and shortest < self.world_size:
+        if not allow_empty and shortest is not None and shortest < self.world_size:
             raise ValueError(
                 f"a batch of {shortest} rows ({length=}, {batch_size=}) leaves some of "
                 f"the {self.world_size} ranks without a row: use a batch_size of "
@@ -408,6 +423,12 @@ class _BlockSource(abc.ABC):
     def _read_raw(self, block: int, batch_rows: int) -> Iterator[Any]:
         """Yield a block as Arrow record batches of at most about batch_rows rows."""
 
+    def select(self, column: str) -> "_BlockSource":
+        """Return the same rows with one column."""
+        selected = copy.copy(self)
+        selected.types = {column: self.types[column]}
+        return selected
+
     def _check_schema(self, file: str, schema: Any) -> None:
         """Take the columns from the first file and hold the others against them."""
         pa = _import_data_package("pyarrow", "pyarrow")
@@ -541,6 +562,73 @@ class _ParquetSource(_BlockSource):
                 else:
                     table = pa.Table.from_batches([batch])
                     yield from table.filter(self.filters).to_batches()
+
+
+class _SplitSource(_BlockSource):
+    """The rows of another source that are drawn for validation, or the others.
+
+    The rows are cut into as many cells of neighbours as rows are to be drawn, and one
+    row of each cell is. So both parts hold the same mixture, also of sorted data, and
+    which rows of a block are drawn follows from row counts and seed, without reading.
+    """
+
+    def __init__(self, source: _BlockSource, count: int, seed: int, drawn: bool):
+        np = _import_data_package("numpy", "numpy")
+        self.__dict__.update(source.__dict__)  # the list of what was skipped is shared
+        self.inner, self.count, self.drawn = source, count, drawn
+        self.salt = random.Random(f"split/{seed}").getrandbits(64)
+        self.total = int(source.block_rows.sum())
+        edges = np.append(0, np.cumsum(source.block_rows))
+        self.starts = edges[:-1]
+        # Products of two row counts need more than 64 bits: Python's integers.
+        cells = ((edges.astype(object) + 1) * count - 1) // self.total
+        cells = np.minimum(cells.astype(np.int64), count - 1)
+        before = cells + (self._drawn_rows(cells) < edges)
+        inside = np.diff(before)
+        self.block_rows = inside if drawn else source.block_rows - inside
+
+    def _drawn_rows(self, cells: Any) -> Any:
+        """Return which row of the source each cell gives."""
+        np = _import_data_package("numpy", "numpy")
+        width, rest = divmod(self.total, self.count)
+        low = cells * width + cells * rest // self.count
+        high = (cells + 1) * width + (cells + 1) * rest // self.count
+        # SplitMix64 (Steele, Lea, Flood 2014): a hash, so any cell can be asked for.
+        bits = cells.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        bits += np.uint64(self.salt)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
+        bits ^= bits >> np.uint64(31)
+        return low + (bits % (high - low).astype(np.uint64)).astype(np.int64)
+
+    def _index_file(self, file: str) -> Any:
+        raise NotImplementedError("the source it was split from has the index")
+
+    _read_raw = _index_file
+
+    def select(self, column: str) -> "_BlockSource":
+        """Return the same rows with one column."""
+        selected = super().select(column)
+        selected.inner = self.inner.select(column)
+        return selected
+
+    def read(
+        self, block: int, batch_rows: int, convert: Callable[[str, str, Any], Any]
+    ) -> Iterator[tuple[int, list[Any]]]:
+        """Yield (rows, converted arrays in the order of `types`) of a block."""
+        np = _import_data_package("numpy", "numpy")
+        pa = _import_data_package("pyarrow", "pyarrow")
+        begin = int(self.starts[block])
+        for rows, arrays in self.inner.read(block, batch_rows, convert):
+            first = begin * self.count // self.total
+            last = (begin + rows) * self.count // self.total + 1
+            cells = np.arange(max(0, first - 1), min(last, self.count))
+            found = self._drawn_rows(cells) - begin
+            keep = np.full(rows, not self.drawn)
+            keep[found[(found >= 0) & (found < rows)]] = self.drawn
+            begin += rows
+            mask = pa.array(keep)
+            yield int(keep.sum()), [array.filter(mask) for array in arrays]
 
 
 # --- Streams, part 2: in which order they come
@@ -913,8 +1001,8 @@ class _RowLayout:
                 continue
             for i, column in zip(columns, matrix.unbind(1), strict=True):
                 batch[self.names[i]] = column
-        for i, array in zip(self.others, joined[len(self.matrices) :], strict=True):
-            batch[self.names[i]] = array if strings == "arrow" else array.to_pylist()
+        for i, texts in zip(self.others, joined[len(self.matrices) :], strict=True):
+            batch[self.names[i]] = texts if strings == "arrow" else texts.to_pylist()
         return batch
 
 
@@ -1275,16 +1363,80 @@ class _ColumnStream(IterableDataset):
         world_size: int | None,
         window_rows: int | None,
     ):
-        self.source, self.batch_size = source, batch_size
+        self.batch_size = batch_size
         self.shuffle, self.seed, self.fill_null = shuffle, seed, fill_null
         self.rank, self.world_size = _data_rank(rank, world_size)
         # A few MB shuffle in the cache; twice the rows took half as long again.
         bounded = max(1024, min(1 << 15, (16 << 20) // source.row_bytes))
         self.window_rows = window_rows or bounded
-        self.rows = int(source.block_rows.sum())
-        self._row_feed = _WindowFeed(
-            self, _RowLayout(source, fill_null, as_rows=True), batch_size, False
-        )
+        self._take_source(source)
+
+    def _take_source(self, source: _BlockSource) -> None:
+        self.source, self.rows = source, int(source.block_rows.sum())
+        layout = _RowLayout(source, self.fill_null, as_rows=True)
+        self._row_feed = _WindowFeed(self, layout, self.batch_size, False)
+
+    def split(
+        self, val_fraction: float, seed: int = 0
+    ) -> tuple["_ColumnStream", "_ColumnStream"]:
+        """Split into (rows to train on, rows to validate on, in the files' order).
+
+        Every row is in one of them; which, depends on row counts and seed alone, and
+        nothing is read for it. Both have the same mixture of rows, but near copies of
+        a row may be in both: split such data by files yourself. Each part is read by
+        decoding all, so validating costs at most what an epoch's reading does.
+
+        Raises:
+            DataError: one of the two would be empty.
+        """
+        count = round(self.rows * val_fraction)
+        if not 0 < count < self.rows:
+            raise DataError(
+                f"{count} of {self.rows} rows would be kept for validation: give more "
+                "data or another val_fraction"
+            )
+        train, val = copy.copy(self), copy.copy(self)
+        train._take_source(_SplitSource(self.source, count, seed, drawn=False))
+        val._take_source(_SplitSource(self.source, count, seed, drawn=True))
+        val.shuffle = False
+        return train, val
+
+    def unique(self, column: str, limit: int = 10000) -> list[Any]:
+        """Return a column's distinct values, sorted: the labels, for instance.
+
+        Reads this column of all the data once, on every rank.
+
+        Raises:
+            DataError: there are nulls, or more than `limit` values.
+        """
+        compute = _import_data_package("pyarrow.compute", "pyarrow")
+        if column not in self.source.types:
+            raise DataError(
+                f"no column {column!r} in the stream: it has "
+                f"{', '.join(self.source.types)}"
+            )
+        source, values = self.source.select(column), set()
+        for block in source.block_rows.nonzero()[0].tolist():
+            try:
+                read = source.read(block, 1 << 16, lambda *given: given[2])
+                found = [compute.unique(array) for _, (array,) in read]
+            except DataError:
+                if source.on_error == "raise":
+                    raise
+                continue  # training comes to this block again, and lists it then
+            values.update(*(part.to_pylist() for part in found))
+            if None in values:
+                file = source.files[source.block_file[block]]
+                raise DataError(
+                    f"column {column!r} of {file} has nulls: fill them, or leave "
+                    "these rows out with filters"
+                )
+            if len(values) > limit:
+                raise DataError(
+                    f"column {column!r} has more than {limit} distinct values, such as "
+                    f"{next(iter(values))!r}: name another column, or raise the limit"
+                )
+        return sorted(values)
 
     @property
     def skipped(self) -> list[str]:
@@ -1449,6 +1601,84 @@ def _same_item(item: Any) -> Any:
     return item
 
 
+def _map_batch(function: Callable[[torch.Tensor], Any], batch: Any) -> Any:
+    """Apply a function to every tensor of nested dicts, lists and tuples."""
+    if isinstance(batch, torch.Tensor):
+        return function(batch)
+    if isinstance(batch, dict):
+        return {key: _map_batch(function, value) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        mapped = [_map_batch(function, value) for value in batch]
+        if isinstance(batch, list):
+            return mapped
+        return type(batch)(*mapped) if hasattr(batch, "_fields") else tuple(mapped)
+    return batch
+
+
+def _break_cycles(batches: Iterable[Any]) -> Generator[Any, None, None]:
+    """Iterate; an exception of a worker does not keep the workers alive.
+
+    torch raises it in a frame that refers to it, so that it forms a cycle with the
+    iterator. Workers whose queues the garbage collector finds in a cycle never hear
+    that they should end, and are waited for, ten seconds.
+    """
+    try:
+        yield from batches
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
+
+
+def _run_ahead(items: Iterator[Any], depth: int) -> Generator[Any, None, None]:
+    """Iterate in a thread that is `depth` items ahead of what is used."""
+    end = object()
+    with contextlib.closing(items), ThreadPoolExecutor(1) as pool:
+        ahead = collections.deque(
+            pool.submit(next, items, end) for _ in range(depth + 1)
+        )
+        while (item := ahead.popleft().result()) is not end:
+            yield item
+            ahead.append(pool.submit(next, items, end))
+
+
+class _BatchMaker(Dataset):
+    """Makes batches of the pieces that windows are cut into, in any process.
+
+    As the dataset and the sampler of a DataLoader it hands its workers pieces in place
+    of indices, and the batches come back in their order.
+    """
+
+    def __init__(
+        self,
+        layout: _RowLayout,
+        strings: str,
+        pin: bool,
+        collate_fn: Callable[[dict[str, Any]], Any] | None,
+    ):
+        self.layout, self.strings, self.pin = layout, strings, pin
+        self.collate_fn = collate_fn
+        self.pieces: Iterator[list[list[Any]]] = iter(())
+
+    def make(self, pieces: list[list[Any]]) -> Any:
+        """Make a batch here."""
+        if self.collate_fn is None:
+            return self.layout.batch(pieces, self.strings, self.pin)
+        batch = self.collate_fn(self.layout.batch(pieces, self.strings, False))
+        return _map_batch(torch.Tensor.pin_memory, batch) if self.pin else batch
+
+    def __iter__(self) -> Iterator[list[list[Any]]]:
+        """Yield pieces that are fit for a pipe: a tensor would open a file."""
+        count = len(self.layout.matrices)
+        for pieces in self.pieces:
+            yield [[x.numpy() for x in p[:count]] + p[count:] for p in pieces]
+
+    def __getitem__(self, pieces: list[list[Any]]) -> Any:
+        """Make a batch in a worker; the loader pins it."""
+        count = len(self.layout.matrices)
+        tensors = [[*map(torch.from_numpy, p[:count]), *p[count:]] for p in pieces]
+        return self.collate_fn(self.layout.batch(tensors, self.strings, False))
+
+
 class StreamBatchLoader:
     """Batches of a stream: dicts of tensors (and lists), with exact resume.
 
@@ -1463,12 +1693,16 @@ class StreamBatchLoader:
     Args:
         batch_size: rows of a global batch, over all ranks together.
         device: batches come in pinned memory if it is a CUDA device.
-        num_workers: 0 decodes in a thread, which suits numbers; processes pay where
-            text is turned into Python lists or decoding takes more than one core.
+        num_workers: 0 decodes in threads, which suits numbers; processes pay where
+            decoding takes more than one core. With a `collate_fn` they run that.
         drop_last: leave out the rows that do not fill a batch.
         strings: "list" gives text as Python lists, "arrow" as Arrow arrays (faster).
         stack: {"x": ["a", "b"]} gives columns of one type as one (batch, 2) tensor
             "x", which is also faster than column by column.
+        collate_fn: called with each batch, to tokenise its text for instance, in the
+            workers or, without any, in a thread that is two batches ahead. It must
+            not draw random numbers: which process it runs in may change. A rank's
+            share may have no rows.
     """
 
     def __init__(
@@ -1480,26 +1714,33 @@ class StreamBatchLoader:
         drop_last: bool = False,
         strings: str = "list",
         stack: dict[str, list[str]] | None = None,
+        collate_fn: Callable[[dict[str, Any]], Any] | None = None,
     ):
         if batch_size < 1 or strings not in ("list", "arrow"):
             raise ValueError(
                 f"{batch_size=} must be at least 1, {strings=} be 'list' or 'arrow'"
             )
         self.stream, self.batch_size, self.drop_last = stream, batch_size, drop_last
-        self.strings, self.num_workers = strings, num_workers
-        self.pin = device is not None and device.type == "cuda"
         self.layout = _RowLayout(stream.source, stream.fill_null, stack=stack)
-        self.feed = _WindowFeed(stream, self.layout, batch_size, drop_last, num_workers)
+        pin = device is not None and device.type == "cuda"
+        self.maker = _BatchMaker(self.layout, strings, pin, collate_fn)
+        self.decoders = num_workers if collate_fn is None else 0
+        self.feed = _WindowFeed(
+            stream, self.layout, batch_size, drop_last, self.decoders
+        )
         self.epoch = self.position = self._start = 0
         self._workers: DataLoader | None = None
         if num_workers:
             self._workers = DataLoader(
-                self.feed,
+                self.feed if self.decoders else self.maker,
                 batch_size=None,
+                sampler=None if self.decoders else self.maker,
                 num_workers=num_workers,
                 collate_fn=_same_item,
+                pin_memory=pin and not self.decoders,
                 persistent_workers=True,
                 prefetch_factor=2,
+                worker_init_fn=_start_loader_worker,
                 generator=torch.Generator(),
             )
 
@@ -1528,17 +1769,35 @@ class StreamBatchLoader:
         self.epoch, self.position = state["epoch"], state["position"]
         self._start = self.position
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Any]:
         base, self._start = self._start, 0
         self.position = base
+        pieces = self._cut_windows(base)
+        batches = (self.maker.make(piece) for piece in pieces)
+        if self._workers is not None and not self.decoders:
+            self.maker.pieces = pieces
+            batches = _break_cycles(self._workers)
+        elif self.maker.collate_fn is not None:
+            batches = _run_ahead(batches, depth=2)
+        try:
+            for k, batch in enumerate(batches):
+                self.position = self._bound(k + 1, base)
+                yield batch
+        finally:
+            batches.close()
+            pieces.close()  # it is in a cycle with the workers: see _break_cycles
+        self.epoch, self.position = self.epoch + 1, 0
+
+    def _cut_windows(self, base: int) -> Generator[list[list[Any]], None, None]:
+        """Yield the pieces of each batch of an epoch, from position `base` on."""
         self.feed.cursor[0], self.feed.cursor[1] = self.epoch, base
         plan, where = self.feed.plan()
-        if self._workers is None:
-            decoded = self.feed.windows()
+        if self.decoders:
+            decoded = self.feed.receive(_break_cycles(self._workers), self.decoders)
         else:
-            decoded = self.feed.receive(iter(self._workers), self.num_workers)
+            decoded = self.feed.windows()
         pending: list[list[Any]] = []
-        for _, k, rows, counts, whole in plan.shares(*where):
+        for _, _, rows, counts, whole in plan.shares(*where):
             low, _, gaps, chunk = next(decoded)
             if gaps:
                 rows, counts = _drop_lost_rows(rows, counts, gaps)
@@ -1550,10 +1809,290 @@ class StreamBatchLoader:
                     at += count
                 if b == len(counts) - 1 and not whole:
                     break
-                self.position = self._bound(k + b + 1, base)
-                yield self.layout.batch(pending, self.strings, self.pin)
+                yield pending
                 pending = []
-        self.epoch, self.position = self.epoch + 1, 0
+
+
+class StreamedRows:
+    """Rows on disk as a data set of a training loop: loaders of (inputs, targets).
+
+    Args:
+        stream: a part of a StreamingParquetDataset or StreamingTextDataset.
+        collate_fn: what the loader gives ({"column": tensor or list}) -> a batch.
+        stack: as for StreamBatchLoader.
+    """
+
+    def __init__(
+        self,
+        stream: _ColumnStream,
+        collate_fn: Callable[[dict[str, Any]], Any],
+        stack: dict[str, list[str]] | None = None,
+    ) -> None:
+        self.stream, self.collate_fn, self.stack = stream, collate_fn, stack
+
+    def __len__(self) -> int:
+        return self.stream.rows
+
+    def load(
+        self,
+        batch_size: int,
+        device: torch.device | None = None,
+        num_workers: int | None = 0,
+    ) -> StreamBatchLoader:
+        """Batches of the rows, in the stream's order."""
+        return StreamBatchLoader(
+            self.stream,
+            batch_size,
+            device,
+            num_workers or 0,
+            stack=self.stack,
+            collate_fn=self.collate_fn,
+        )
+
+
+def number_labels(labels: Any, classes: Sequence[Any]) -> torch.Tensor:
+    """The number of each label's class, (B,), of labels in a list or tensor."""
+    number_of = {name: number for number, name in enumerate(classes)}
+    values = labels.tolist() if isinstance(labels, torch.Tensor) else labels
+    return torch.tensor([number_of[value] for value in values], dtype=torch.int64)
+
+
+def split_label(
+    batch: dict[str, Any], features: str, label_column: str, classes: Sequence[Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(features, labels) of a batch: numbers of classes, or without classes values.
+
+    Raises:
+        DataError: a value to regress on is missing.
+    """
+    labels = batch[label_column]
+    if classes:
+        return batch[features], number_labels(labels, classes)
+    if labels.isnan().any():
+        raise DataError(f"column {label_column} is empty in some rows: fill them")
+    return batch[features], labels.float()
+
+
+def number_columns(types: Mapping[str, Any], label: str) -> list[str]:
+    """The columns whose Arrow type is a number or boolean, without the label."""
+    from pyarrow.types import is_boolean, is_decimal, is_floating, is_integer
+
+    kinds = (is_boolean, is_decimal, is_floating, is_integer)
+    return [
+        name
+        for name, kind in types.items()
+        if name != label and any(is_kind(kind) for is_kind in kinds)
+    ]
+
+
+def is_fraction(kind: Any) -> bool:
+    """Whether an Arrow type holds numbers that need not be whole (None: no type)."""
+    from pyarrow.types import is_decimal, is_floating
+
+    return kind is not None and (is_floating(kind) or is_decimal(kind))
+
+
+def column_statistics(
+    batches: Iterable[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each column over all (B, F) batches, in fp32.
+
+    In one pass and fp64, by Chan's update: no difference of large sums. Missing values
+    (NaN) are left out; a column of nothing else has mean 0 and deviation 0.
+    """
+    count_F = mean_F = squares_F = torch.zeros((), dtype=torch.float64)
+    for x_BF in batches:
+        x_BF = x_BF.double()
+        there_F = (~x_BF.isnan()).sum(0)
+        batch_mean_F = x_BF.nanmean(0).nan_to_num()
+        batch_squares_F = (x_BF - batch_mean_F).square().nansum(0)
+        total_F = (count_F + there_F).clamp(min=1)
+        delta_F = batch_mean_F - mean_F
+        mean_F = mean_F + delta_F * there_F / total_F
+        squares_F = squares_F + batch_squares_F
+        squares_F = squares_F + delta_F.square() * count_F * there_F / total_F
+        count_F = count_F + there_F
+    return mean_F.float(), (squares_F / count_F.clamp(min=1)).sqrt().float()
+
+
+def measure_scales(
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]], regress: bool
+) -> dict[str, torch.Tensor]:
+    """Mean and deviation of each feature; in a regression, of the labels as well.
+
+    Args:
+        batches: features (B, F) and labels (B,).
+
+    Returns:
+        mean and std, (F,); output_mean and output_std, 0-dimensional.
+    """
+    if not regress:
+        mean_F, std_F = column_statistics(x_BF for x_BF, _ in batches)
+        return {"mean": mean_F, "std": std_F}
+    mean_F, std_F = column_statistics(
+        torch.cat((x_BF, y_B[:, None]), dim=1) for x_BF, y_B in batches
+    )
+    names = ("mean", "output_mean", "std", "output_std")
+    parts = (mean_F[:-1], mean_F[-1], std_F[:-1], std_F[-1])
+    return {name: part.clone() for name, part in zip(names, parts, strict=True)}
+
+
+def measure_table(
+    outputs: torch.Tensor, labels_B: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """For `evaluate_model`: how many classes are right, or the errors of a regression.
+
+    Args:
+        outputs: logits (B, C) for labels that are whole numbers, else values (B, 1).
+    """
+    if labels_B.is_floating_point():
+        return {"absolute_error": (outputs.squeeze(-1) - labels_B).abs().sum()}
+    return {"accuracy": (outputs.argmax(-1) == labels_B).sum()}
+
+
+MAX_TABLE_CLASSES = 1000  # of a label; with more values it is rather one to regress on
+ROWS_TO_SCALE_BY = 1_000_000  # that mean and deviation of columns are taken from
+
+
+def open_table(
+    path: str, label_column: str, objective: str, val_fraction: float, seed: int
+) -> tuple[StreamedRows, StreamedRows, dict[str, Any]]:
+    """Parquet rows to train and to validate on: a label, and all other numbers.
+
+    Args:
+        path: a file, a folder or a glob.
+        objective: "classify", "regress", or "auto": a label of fractions is regressed
+            on, one of whole numbers or text classified.
+
+    Returns:
+        Two data sets of (features (B, F), labels (B,)), and what a model has to know:
+        "features" (their names), "classes" (the values of the label, none in a
+        regression) and "scales" (`measure_scales` of the training rows).
+
+    Raises:
+        DataError: no column of numbers, a label with too many values, missing values.
+    """
+    types = StreamingParquetDataset(path, rank=0, world_size=1).source.types
+    features = number_columns(types, label_column)
+    if not features:
+        raise DataError(f"{path}: no column but {label_column} holds numbers")
+    kinds = dict.fromkeys(features, "float32")
+    regress = objective == "regress" or (
+        objective == "auto" and is_fraction(types.get(label_column))
+    )
+    if regress:
+        kinds[label_column] = "float32"
+
+    open_stream = functools.partial(
+        StreamingParquetDataset,
+        path,
+        [*features, label_column],
+        shuffle=True,
+        seed=seed,
+        column_types=kinds,
+    )
+    whole = open_stream(rank=0, world_size=1)  # so that all ranks scale alike
+    classes = []
+    if not regress:
+        classes, _ = number_classes(whole.unique(label_column, MAX_TABLE_CLASSES))
+    collate = functools.partial(
+        split_label, features="x", label_column=label_column, classes=classes
+    )
+
+    def split(stream: _ColumnStream) -> list[StreamedRows]:
+        parts = stream.split(val_fraction, seed)
+        return [StreamedRows(part, collate, {"x": features}) for part in parts]
+
+    batches = itertools.islice(split(whole)[0].load(8192), -(-ROWS_TO_SCALE_BY // 8192))
+    scales = measure_scales(batches, regress)
+    train_set, val_set = split(open_stream())
+    return (
+        train_set,
+        val_set,
+        {"features": features, "classes": classes, "scales": scales},
+    )
+
+
+def open_text_stream(data: str, columns: Sequence[str], seed: int) -> _ColumnStream:
+    """Rows of CSV, JSONL or Parquet files, of a folder or a glob, shuffled, as text."""
+    options = {"seed": seed, "column_types": dict.fromkeys(columns, "string")}
+    if data.endswith((".parquet", ".pq")):
+        return StreamingParquetDataset(data, list(columns), shuffle=True, **options)
+    first, *others = columns
+    return StreamingTextDataset(data, first, columns=others, shuffle=True, **options)
+
+
+TEXT_PIECE = 1 << 20  # characters of a text that are read and encoded at once
+
+
+def list_text_files(data: str) -> list[Path]:
+    """A file, the files in a folder and its subfolders, or those of a glob; sorted.
+
+    Hidden ones, whose own name or folder below `data` begins with a dot, are left out.
+
+    Raises:
+        DataError: there is none.
+    """
+    path = Path(data)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = sorted(path.rglob("*"))
+        hidden = {
+            p for p in found if any(n[0] == "." for n in p.relative_to(path).parts)
+        }
+        files = [p for p in found if p.is_file() and p not in hidden]
+    else:
+        names = sorted(glob.glob(data, recursive=True))
+        files = [Path(name) for name in names if os.path.isfile(name)]
+    if not files:
+        raise DataError(f"{data}: no such file: give a text file, a folder or a glob")
+    return files
+
+
+def read_text_files(paths: Iterable[Path]) -> Iterator[tuple[str, bool]]:
+    """Each file in pieces of at most a million characters, and whether it ends there.
+
+    Pieces end with a line where they can. Bytes that are not UTF-8 become U+FFFD.
+    """
+    for path in paths:
+        with open(path, encoding="utf-8", errors="replace", newline="") as file:
+            piece = file.read(TEXT_PIECE)
+            while following := file.read(TEXT_PIECE):
+                cut = piece.rfind("\n") + 1 or len(piece)
+                yield piece[:cut], False
+                piece = piece[cut:] + following
+            yield piece, True
+
+
+def read_texts(paths: list[Path], text_column: str) -> Iterator[tuple[str, bool]]:
+    """Texts of files, or parts of one, and whether it ends there.
+
+    Args:
+        paths: all plain text, or all Parquet, CSV or JSONL.
+        text_column: to read from files that have columns.
+    """
+    options = {"rank": 0, "world_size": 1, "column_types": {text_column: "string"}}
+    if paths[0].suffix in (".parquet", ".pq"):
+        rows = StreamingParquetDataset(paths, [text_column], **options)
+        return ((row[text_column] or "", True) for row in rows)
+    if paths[0].suffix in (".jsonl", ".ndjson", ".csv"):
+        rows = StreamingTextDataset(paths, text_column, **options)
+        return ((text or "", True) for text in rows)
+    return read_text_files(paths)
+
+
+def require_samples(train_set: Any, val_set: Any, data: str) -> None:
+    """Refuse data that leaves nothing to train or to validate on.
+
+    Raises:
+        DataError: one of the two is empty.
+    """
+    if not len(train_set) or not len(val_set):
+        raise DataError(
+            f"{data or 'the built-in data'}: {len(train_set)} samples to train on and"
+            f" {len(val_set)} to validate on: give more data or another val_fraction"
+        )
 
 
 # --- Images
@@ -1816,6 +2355,30 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
 # --- The factory
 
 
+def _collate_share(
+    dataset: Any, collate: Callable[[list[Any]], Any], empty: bool, samples: list[Any]
+) -> Any:
+    """Collate a rank's share of a batch, also where nothing of it can be read.
+
+    Every rank has to take the same number of steps, and a resumed run has to count the
+    same batches, so that no batch may be left out. In training the first samples that
+    can be read stand in for those of the batch. In evaluation (`empty`) the batch has
+    the shapes and types of the others, and no samples.
+
+    Raises:
+        DataError: no sample of the dataset can be read.
+    """
+    if any(sample is not None for sample in samples):
+        return collate(samples)
+    all_samples = (dataset[i] for i in range(len(dataset)))
+    readable = (sample for sample in all_samples if sample is not None)
+    chosen = list(itertools.islice(readable, 1 if empty else len(samples)))
+    if not chosen:
+        raise DataError(f"none of the {len(dataset)} samples can be read")
+    batch = collate(chosen)
+    return _map_batch(lambda tensor: tensor[:0], batch) if empty else batch
+
+
 def create_optimized_dataloader(
     dataset: Dataset,
     batch_size: int,
@@ -1834,6 +2397,7 @@ def create_optimized_dataloader(
         num_workers: None takes up to 4 of the CPUs that this process may use, none on
             MPS and none where there is only one CPU.
         batch_sampler: replaces batch_size, shuffle and drop_last.
+        collate_fn: see also `_collate_share`, for samples that are None.
         seed: of the loader's own generator; the global one is never drawn from.
     """
     if num_workers is None:
@@ -1850,6 +2414,13 @@ def create_optimized_dataloader(
     }
     if num_workers > 0:
         options["prefetch_factor"] = 2
+    if not isinstance(dataset, IterableDataset):
+        options["collate_fn"] = functools.partial(
+            _collate_share,
+            dataset,
+            collate_fn or torch.utils.data.default_collate,
+            getattr(batch_sampler, "allow_empty", False),
+        )
     if batch_sampler is not None:
         options["batch_sampler"] = batch_sampler
     else:
@@ -1857,6 +2428,72 @@ def create_optimized_dataloader(
         if not isinstance(dataset, IterableDataset):
             options["shuffle"] = shuffle
     return DataLoader(dataset, **options)
+
+
+class EpochLoader:
+    """What a loop asks of its loader: batches, their number, and `set_epoch`.
+
+    Args:
+        loader: with a batch sampler that has `set_epoch(epoch, start)`. A dataset with
+            `set_epoch(epoch)` is told as well.
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader = loader
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch, and the batch (counted from 0) that comes first in it."""
+        self.loader.batch_sampler.set_epoch(epoch, start)
+        if hasattr(self.loader.dataset, "set_epoch"):
+            self.loader.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, wherever `set_epoch` starts."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+
+def make_loaders(
+    train_set: Any,
+    val_set: Any,
+    batch_size: int,
+    device: torch.device,
+    num_workers: int | None,
+    seed: int,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+) -> tuple[Any, Any]:
+    """Batches to train on, shuffled anew each epoch, and batches to validate on.
+
+    Both have `set_epoch(epoch, start)` and a length; of several ranks each gets its
+    share of the same global batches.
+
+    Args:
+        train_set, val_set: with samples by index; or with a method `load(batch_size,
+            device, num_workers)` that gives such a loader (StreamedRows).
+        batch_size: samples of a global batch, over all ranks together.
+        num_workers: None chooses from the CPUs that this process may use.
+        collate_fn: a list of samples -> (inputs, targets).
+    """
+    loaders = []
+    for samples, shuffle in ((train_set, True), (val_set, False)):
+        if hasattr(samples, "load"):
+            loaders.append(samples.load(batch_size, device, num_workers))
+            continue
+        batches = ResumableBatchSampler(
+            len(samples), batch_size, seed, shuffle, allow_empty=not shuffle
+        )
+        loader = create_optimized_dataloader(
+            samples,
+            batch_size,
+            device,
+            num_workers=num_workers,
+            batch_sampler=batches,
+            collate_fn=collate_fn,
+        )
+        loaders.append(EpochLoader(loader))
+    return loaders[0], loaders[1]
 
 
 def _batches_per_second(batches: Iterator[Any], seconds: float) -> tuple[float, Any]:
@@ -2043,12 +2680,14 @@ def split_samples(
     return Subset(samples, order[val_count:]), Subset(samples, order[:val_count])
 
 
-def move_batches(
-    loader: Iterable[Sequence[torch.Tensor]], device: torch.device
-) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The batches of a loader on a device; pinned memory is copied without waiting."""
-    pinned = (
-        device.type == "cuda"
-    )  # elsewhere a copy that goes on may read freed memory
-    for batch in loader:
-        yield tuple(tensor.to(device, non_blocking=pinned) for tensor in batch)
+def move_batches(loader: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """The batches of a loader on a device; pinned memory is copied without waiting.
+
+    The tensors of nested dicts, lists and tuples are moved; a list of tensors, which
+    the default collate makes of tuples, becomes a tuple.
+    """
+    # Elsewhere a copy that goes on may read freed memory.
+    pinned = device.type == "cuda"
+    for batch in _break_cycles(loader):
+        moved = _map_batch(lambda x: x.to(device, non_blocking=pinned), batch)
+        yield tuple(moved) if isinstance(moved, list) else moved

@@ -8,6 +8,7 @@
 All figures in GB are 1e9 bytes.
 """
 
+import functools
 import os
 import platform
 from collections.abc import Callable
@@ -22,6 +23,10 @@ DTYPE_NAMES = {
 }
 
 
+class DeviceError(ValueError):
+    """A device that this process cannot have; says why, and the remedy."""
+
+
 def get_optimal_device(force_cpu: bool = False) -> torch.device:
     """Return the best device: the CUDA GPU with the most memory, then MPS, then CPU.
 
@@ -30,7 +35,7 @@ def get_optimal_device(force_cpu: bool = False) -> torch.device:
     chosen keep all their memory.
 
     Raises:
-        ValueError: LOCAL_RANK names no visible GPU.
+        DeviceError: LOCAL_RANK names no visible GPU.
     """
     if force_cpu:
         return torch.device("cpu")
@@ -43,7 +48,7 @@ def get_optimal_device(force_cpu: bool = False) -> torch.device:
                 key=lambda i: torch.cuda.get_device_properties(i).total_memory,
             )
         elif not local_rank.isdecimal() or int(local_rank) >= count:
-            raise ValueError(
+            raise DeviceError(
                 f"LOCAL_RANK={local_rank} is outside the {count} visible device(s): "
                 "set CUDA_VISIBLE_DEVICES or lower --nproc-per-node"
             )
@@ -53,6 +58,32 @@ def get_optimal_device(force_cpu: bool = False) -> torch.device:
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
+
+
+def claim_single_device(force_cpu: bool = False) -> torch.device:
+    """Make the best device the current one, for a training in one process.
+
+    Raises:
+        DeviceError: several processes were started (torchrun): each would train alone.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise DeviceError(
+            f"started as one of {os.environ['WORLD_SIZE']} processes, but made for one"
+            " device: start it with python, or generate it with --distributed ddp"
+        )
+    device = get_optimal_device(force_cpu)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def make_autocast(
+    device: torch.device, dtype: torch.dtype
+) -> Callable[[], torch.autocast]:
+    """Return what opens autocast to a dtype; for fp32 it does nothing."""
+    return functools.partial(
+        torch.autocast, device.type, dtype, enabled=dtype != torch.float32
+    )
 
 
 def _has_native_bf16(device: torch.device) -> bool:

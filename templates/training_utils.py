@@ -22,6 +22,7 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -41,6 +42,9 @@ KEPT_CHECKPOINT_OPS = (
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 )
+
+# Where activations wait for backward in host memory instead (mode "offload").
+OFFLOADED_DEVICES = ("cuda",)
 
 
 def set_seed(seed: int = 42, deterministic: bool = True) -> None:
@@ -73,8 +77,12 @@ def _warmup_then_decay(
     warmup_steps: int,
     total_steps: int,
     decay: Callable[[float], float],
+    rise: Callable[[float], float] | None = None,
 ) -> LambdaLR:
-    """LambdaLR that rises linearly, follows decay(progress in [0, 1]), then stays."""
+    """LambdaLR that rises, follows decay(progress in [0, 1]), then stays.
+
+    It rises linearly to 1 in the last warm-up step, or by rise(progress in [0, 1)).
+    """
     if warmup_steps < 0 or total_steps < 1:
         raise ValueError(
             f"warmup_steps={warmup_steps} and total_steps={total_steps}: a schedule "
@@ -85,7 +93,7 @@ def _warmup_then_decay(
         if step >= total_steps:
             return decay(1.0)
         if step < warmup_steps:
-            return (step + 1) / warmup_steps
+            return rise(step / warmup_steps) if rise else (step + 1) / warmup_steps
         return decay((step - warmup_steps) / (total_steps - warmup_steps))
 
     return LambdaLR(optimizer, factor)
@@ -125,6 +133,61 @@ def get_cosine_warmup_scheduler(
         warmup_steps,
         total_steps,
         lambda p: 0.5 * (1 + math.cos(math.pi * p)),
+    )
+
+
+def get_wsd_warmup_scheduler(
+    optimizer: torch.optim.Optimizer,
+    warmup_steps: int,
+    total_steps: int,
+    decay_fraction: float = 0.2,
+) -> LambdaLR:
+    """Linear warm-up, the peak for most of the training, linear decay to 0 at the end.
+
+    Warm-up, stable, decay (arXiv:2404.06395, there with a decay over the last 10%; that
+    20% with a linear one equal a cosine: arXiv:2405.18392). Factors for warmup_steps=2,
+    total_steps=10: .5, 1, ... 1, .5, and 0 from step 10 on.
+
+    Args:
+        optimizer: its present learning rates are the peaks.
+        warmup_steps: optimizer steps until the peak; 0 starts at the peak.
+        total_steps: optimizer steps of the whole training.
+        decay_fraction: share of total_steps that decays, above 0 and at most 1; it
+            begins after the warm-up at the earliest.
+    """
+    if not 0 < decay_fraction <= 1:
+        raise ValueError(f"decay_fraction={decay_fraction}: use 0.2, at most 1")
+    after_warmup = max(1, total_steps - warmup_steps)
+    share = min(1.0, decay_fraction * total_steps / after_warmup)
+    return _warmup_then_decay(
+        optimizer, warmup_steps, total_steps, lambda p: min(1.0, (1 - p) / share)
+    )
+
+
+def _cosine_between(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def get_onecycle_warmup_scheduler(
+    optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int
+) -> LambdaLR:
+    """Rise from 1/25 of the peak by half a cosine, then fall by another to almost 0.
+
+    The 1cycle policy (arXiv:1708.07120) with the constants of PyTorch's OneCycleLR,
+    which raises past its end where this one stays at 4e-6 of the peak. Momentum is not
+    cycled. The usual warm-up is long: 30% of the steps.
+
+    Args:
+        optimizer: its present learning rates are the peaks.
+        warmup_steps: optimizer steps until the peak; 0 starts at the peak.
+        total_steps: optimizer steps of the whole training.
+    """
+    return _warmup_then_decay(
+        optimizer,
+        warmup_steps,
+        total_steps,
+        functools.partial(_cosine_between, 1.0, 1 / 25 / 1e4),
+        functools.partial(_cosine_between, 1 / 25, 1.0),
     )
 
 
@@ -184,22 +247,6 @@ class EarlyStopping:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         vars(self).update(state)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split trainable parameters for an optimizer: weights decay, the rest does not.
-
-    Parameters with two or more dimensions decay (matrices, convolutions, embeddings:
-    the rule of GPT-2 reimplementations); biases, norm scales and other vectors do not.
-    A tied parameter comes once. The order is that of `model.named_parameters()`, and
-    an empty group is left out.
-    """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def _batch_tensors(batch: Any) -> list[torch.Tensor]:
@@ -282,6 +329,161 @@ def step_optimizer(
         optimizer.step()
         return True
     return not _step_and_flag_skip(optimizer, scaler).item()
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a parameter is NaN or infinite: training on would be wasted."""
+
+
+def _floating_shards(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Return what this rank holds of each tensor, leaving out integers and nothing."""
+    shards = []
+    for tensor in tensors:
+        tensor = tensor.detach()
+        if hasattr(tensor, "to_local"):
+            tensor = tensor.to_local()  # FSDP2: no communication for looking at it
+        if tensor.is_sparse:
+            tensor = tensor.coalesce().values()
+        if tensor.is_floating_point() and tensor.numel():
+            shards.append(tensor)
+    return shards
+
+
+def _all_finite(tensors: list[torch.Tensor]) -> bool:
+    """Whether no value on any rank is NaN or infinite; waits once for each device."""
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for shard in _floating_shards(tensors):
+        by_device.setdefault(shard.device, []).append(shard)
+    flags = [
+        # The maximum norm is finite exactly where all values are: nothing overflows.
+        torch.stack([n.float() for n in torch._foreach_norm(shards, math.inf)])
+        .isfinite()
+        .all()
+        for shards in by_device.values()
+    ]
+    meshes = [t.device_mesh for t in tensors if hasattr(t, "device_mesh")]
+    if not meshes:
+        return all(map(bool, flags))
+    # FSDP2: each rank sees its shards only, and all of them must decide alike.
+    finite = torch.ones((), dtype=torch.int32, device=meshes[0].device_type)
+    for flag in flags:
+        finite *= flag.to(finite.device)
+    torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+    return bool(finite)
+
+
+def gradients_are_finite(model: nn.Module) -> bool:
+    """Whether no gradient is NaN or infinite: skip the optimizer's step if one is.
+
+    Waits for the GPU once. With FSDP2 all ranks get the same answer and must call it.
+    """
+    return _all_finite([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def _describe_nonfinite(tensors: Mapping[str, torch.Tensor], limit: int = 3) -> str:
+    """Name the first tensors with values that are not finite, and how many they are."""
+    found = []
+    for name, tensor in tensors.items():
+        for shard in _floating_shards([tensor]):
+            if bad := int((~shard.isfinite()).sum()):
+                found.append(f"{name} ({bad} of {shard.numel()} values)")
+    more = f" and {len(found) - limit} more" if len(found) > limit else ""
+    sharded = any(hasattr(tensor, "device_mesh") for tensor in tensors.values())
+    nothing = "none on this rank" if sharded else "none"
+    return ", ".join(found[:limit]) + more if found else nothing
+
+
+def check_finite(loss: torch.Tensor | float, model: nn.Module, step: int) -> None:
+    """Raise where the loss or a parameter is NaN or infinite.
+
+    Waits for the GPU: call it where the loss is read anyway, and before a save, so that
+    the last checkpoint stays a good one. Gradients do not count, because a GradScaler
+    skips those that overflow, but the error names them. With FSDP2 all ranks must call
+    it, with the same loss.
+
+    Args:
+        loss: of one step, or a mean over several.
+        step: optimizer steps so far, for the message.
+
+    Raises:
+        NonFiniteError: names the first parameters and gradients, and what to look at.
+    """
+    loss = float(loss)
+    parameters = dict(model.named_parameters())
+    if _all_finite(list(parameters.values())) and math.isfinite(loss):
+        return
+    gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+    raise NonFiniteError(
+        f"step {step}: the loss is {loss:g}. Parameters that are not finite: "
+        f"{_describe_nonfinite(parameters)}. Gradients: "
+        f"{_describe_nonfinite(gradients)}. What to look at: a lower learning rate, a "
+        "longer warm-up, clipping of gradients (--clip), bf16 or fp32 instead of fp16 "
+        "(--dtype), input rows with NaN or huge values; --skip-nonfinite skips single "
+        "steps. The last checkpoint is from before this."
+    )
+
+
+def step_if_finite(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None = None,
+) -> bool:
+    """Step the optimizer unless a gradient is NaN or infinite; whether it stepped.
+
+    Waits for the GPU. An enabled scaler looks at the gradients itself, and lowers its
+    scale. Schedule and EMA must not step where this returns False.
+    """
+    if scaler is not None and scaler.is_enabled():
+        return step_optimizer(optimizer, scaler)
+    if not gradients_are_finite(model):
+        return False
+    optimizer.step()
+    return True
+
+
+def count_right(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How many labels have the largest logit, as "accuracy" for `evaluate_model`.
+
+    Args:
+        logits: (..., C) of classes or tokens.
+        labels: (...), numbers of classes; -100 never counts.
+    """
+    return {"accuracy": (logits.argmax(-1) == labels).sum()}
+
+
+@torch.inference_mode()
+def evaluate_model(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Any]],
+    compute_loss: Callable[..., tuple[torch.Tensor, Any]],
+    measure: Callable[[Any, Any], Mapping[str, torch.Tensor]],
+    count_targets: Callable[[Any], Any] = len,
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    reduce: Callable[[dict[str, Any]], Mapping[str, Any]] = dict,
+) -> dict[str, float]:
+    """Mean loss and metrics over batches, in eval mode, each sample counted once.
+
+    Args:
+        batches: (inputs, targets) on the model's device.
+        compute_loss: (model, inputs, targets) -> mean loss, outputs.
+        measure: (outputs, targets) -> further metrics, as sums over the batch.
+        count_targets: what the mean loss of a batch is a mean over.
+        reduce: sums the totals over ranks.
+
+    Returns:
+        "val_loss", and "val_" before each name that `measure` gives.
+    """
+    model.eval()
+    totals: dict[str, Any] = {}
+    for inputs, targets in batches:
+        with autocast():
+            loss, outputs = compute_loss(model, inputs, targets)
+        count = count_targets(targets)
+        sums = {"loss": loss * count, **measure(outputs, targets), "count": count}
+        totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
+    totals = dict(reduce(totals))
+    count = totals.pop("count")
+    return {f"val_{name}": float(total / count) for name, total in totals.items()}
 
 
 def train_step_with_clipping(
@@ -426,11 +628,12 @@ def _checkpoint_contexts(
 def _checkpointed_call(
     function: Callable[..., Any],
     block: nn.Module,
-    selective: bool,
+    mode: str,
     args: tuple,
     kwargs: dict[str, Any],
 ) -> Any:
     """Call function(*args, **kwargs), keeping its inputs instead of its activations."""
+    selective = mode == "selective"
     if torch.compiler.is_compiling():
         # The compiler recomputes inside its graph: statistics change once anyway, and
         # it knows no other contexts than the selective ones.
@@ -441,6 +644,9 @@ def _checkpointed_call(
                 )
             }
         return checkpoint(function, *args, use_reentrant=False, **kwargs)
+    context_fn = functools.partial(_checkpoint_contexts, block, selective)
+    if mode == "offload":
+        return _offloaded_call(function, context_fn, args, kwargs)
     # Keyword arguments travel as one dict: checkpoint looks for the device, whose
     # random state dropout needs again, in positional arguments only.
     return checkpoint(
@@ -448,8 +654,69 @@ def _checkpointed_call(
         args,
         kwargs,
         use_reentrant=False,
-        context_fn=functools.partial(_checkpoint_contexts, block, selective),
+        context_fn=context_fn,
     )
+
+
+@functools.cache
+def _offload_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _pack_to_host(tensor: torch.Tensor) -> Any:
+    """Start copying a GPU's tensor into pinned memory beside its other work."""
+    if tensor.device.type not in OFFLOADED_DEVICES:
+        return tensor  # it is in host memory already
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    stream = _offload_stream(tensor.device)
+    stream.wait_stream(torch.cuda.current_stream(tensor.device))
+    with torch.cuda.stream(stream):
+        host.copy_(tensor, non_blocking=True)
+    tensor.record_stream(stream)  # its memory is free only when it has been copied
+    return tensor.device, host, stream.record_event()
+
+
+def _unpack_from_host(packed: Any) -> torch.Tensor:
+    if isinstance(packed, torch.Tensor):
+        return packed
+    device, host, copied = packed
+    torch.cuda.current_stream(device).wait_event(copied)
+    return host.to(device, non_blocking=True)
+
+
+def _offloaded_call(
+    function: Callable[..., Any],
+    context_fn: Callable[[], tuple],
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Checkpoint a call whose inputs with gradients are kept in host memory.
+
+    Its other inputs, such as masks, are the same for all blocks and stay.
+    """
+    names, positional = list(kwargs), len(args)
+    others = [*args, *kwargs.values()]
+    moved = [
+        index
+        for index, value in enumerate(others)
+        if isinstance(value, torch.Tensor) and value.requires_grad
+    ]
+    tensors = [others[index] for index in moved]
+    for index in moved:
+        others[index] = None
+
+    def call(others, *tensors):
+        values = list(others)
+        for index, tensor in zip(moved, tensors, strict=True):
+            values[index] = tensor
+        named = dict(zip(names, values[positional:], strict=True))
+        return function(*values[:positional], **named)
+
+    # checkpoint saves tensors that are arguments of their own through these hooks.
+    with torch.autograd.graph.saved_tensors_hooks(_pack_to_host, _unpack_from_host):
+        return checkpoint(
+            call, others, *tensors, use_reentrant=False, context_fn=context_fn
+        )
 
 
 class CheckpointedModel(nn.Module):
@@ -488,7 +755,7 @@ class CheckpointedModel(nn.Module):
             kept_from = size * (segments - 1)
             for start in range(0, kept_from, size):
                 segment = functools.partial(self._run_layers, start, start + size)
-                x = _checkpointed_call(segment, self, False, (x,), {})
+                x = _checkpointed_call(segment, self, "full", (x,), {})
         return self._run_layers(kept_from, len(self.layers), x)
 
     def _run_layers(self, start: int, stop: int, x: Any) -> Any:
@@ -497,8 +764,13 @@ class CheckpointedModel(nn.Module):
         return x
 
 
-def _find_repeated_blocks(module: nn.Module) -> list[nn.Module]:
-    """Return the members of the outermost lists of repeated blocks."""
+def find_repeated_blocks(module: nn.Module) -> list[nn.Module]:
+    """Return a model's repeated blocks, in order: units to checkpoint or to shard.
+
+    They are the members of the outermost `nn.ModuleList` or `nn.Sequential` that holds
+    two or more modules of the same class which have modules of their own. Empty where
+    there is none.
+    """
     kinds: Counter[type] = Counter()
     if isinstance(module, (nn.ModuleList, nn.Sequential)):
         kinds.update(
@@ -506,7 +778,7 @@ def _find_repeated_blocks(module: nn.Module) -> list[nn.Module]:
         )
     blocks = []
     for child in module.children():
-        blocks += [child] if kinds[type(child)] > 1 else _find_repeated_blocks(child)
+        blocks += [child] if kinds[type(child)] > 1 else find_repeated_blocks(child)
     return blocks
 
 
@@ -520,7 +792,7 @@ def _checkpointing_class(block_class: type[nn.Module]) -> type[nn.Module]:
         return _checkpointed_call(
             functools.partial(block_class.forward, self),
             self,
-            self._checkpoint_mode == "selective",
+            self._checkpoint_mode,
             args,
             kwargs,
         )
@@ -544,30 +816,37 @@ def enable_gradient_checkpointing(
 ) -> nn.Module:
     """Make a model's repeated blocks recompute their activations in backward.
 
-    A Hugging Face model does so by its own `gradient_checkpointing_enable`. In any
-    other model the blocks are found: the members of the outermost `nn.ModuleList` or
-    `nn.Sequential` (so also `nn.TransformerEncoder`'s layers) that holds two or more
-    modules of the same class which have modules of their own. Each block's class is
-    swapped for a subclass whose forward is checkpointed: parameters, state_dict keys,
-    hooks and isinstance stay as they are, and copies (EMA) work.
+    A Hugging Face model does so by its own `gradient_checkpointing_enable` (not in mode
+    "offload"). In any other model the blocks are those of `find_repeated_blocks` (also
+    `nn.TransformerEncoder`'s layers). Each block's class is swapped for a subclass
+    whose forward is checkpointed: parameters, state_dict keys, hooks and isinstance
+    stay as they are, and copies (EMA) work.
 
     Dropout, gradients and BatchNorm statistics equal the plain run's; other buffers
     that a block changes in forward are changed twice a step. Measured on 8 Transformer
     blocks: "full" takes 26-33% more time and 78% less activation memory, "selective"
-    (keeps the results of matrix products and attention) 9-15% and 26%.
+    (keeps the results of matrix products and attention) 9-15% and 26%. "offload" is
+    "full" with the blocks' inputs in pinned host memory: on a GPU nothing is kept of a
+    block. The copies run beside the computing, those back wait for it; on a CPU, and
+    where the model is compiled as a whole, it is the same as "full".
 
     Args:
         model: changed in place; call it before compiling, DDP or FSDP.
-        mode: "full" or "selective"; a second call only changes the mode. In-place
-            activations right after a Linear (`nn.ReLU(inplace=True)`) need "full".
+        mode: "full", "selective" or "offload"; a second call only changes the mode.
+            In-place activations right after a Linear (`nn.ReLU(inplace=True)`) must
+            not be "selective".
         blocks: the modules to checkpoint, instead of looking for them.
 
     Raises:
         ValueError: unknown mode, or no such blocks.
     """
-    if mode not in ("full", "selective"):
-        raise ValueError(f'mode={mode!r}: use "full" or "selective"')
-    if blocks is None and hasattr(model, "gradient_checkpointing_enable"):
+    if mode not in ("full", "selective", "offload"):
+        raise ValueError(f'mode={mode!r}: use "full", "selective" or "offload"')
+    hugging_face = hasattr(model, "gradient_checkpointing_enable")
+    if hugging_face and mode == "offload":
+        if hasattr(model, "config"):
+            model.config.use_cache = False  # recomputing would append to it again
+    elif hugging_face and blocks is None:
         options: dict[str, Any] = {"use_reentrant": False}
         if mode == "selective":
             options["context_fn"] = functools.partial(
@@ -575,7 +854,7 @@ def enable_gradient_checkpointing(
             )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         return model
-    blocks = _find_repeated_blocks(model) if blocks is None else list(blocks)
+    blocks = find_repeated_blocks(model) if blocks is None else list(blocks)
     if not blocks:
         raise ValueError(
             f"{type(model).__name__} has no nn.ModuleList or nn.Sequential of repeated "
@@ -587,6 +866,81 @@ def enable_gradient_checkpointing(
             block.__class__ = _checkpointing_class(type(block))
         block._checkpoint_mode = mode
     return model
+
+
+def _fp8_obstacle(device: torch.device) -> str:
+    """Say why this machine cannot train in fp8; empty where it can."""
+    if device.type != "cuda":
+        return f"the device is {device.type}, fp8 needs an NVIDIA GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        return (
+            f"this GPU has compute capability {major}.{minor}, fp8 needs 8.9 (Ada, "
+            "Hopper or newer)"
+        )
+    if find_spec("torchao") is None:
+        return "torchao is not installed: pip install torchao"
+    return ""
+
+
+def find_fp8_layers(model: nn.Module) -> set[str]:
+    """Return the names of the Linear layers that are worth computing in fp8.
+
+    Those with input and output widths divisible by 16 (the hardware's tiles) inside of
+    repeated blocks. So the output layer, whose logits need precision, is left out; in a
+    model without such blocks it is the last Linear.
+    """
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    blocks = find_repeated_blocks(model)
+    inside = {id(module) for block in blocks for module in block.modules()}
+    if not blocks:
+        inside = {id(module) for module in list(linears.values())[:-1]}
+    return {
+        name
+        for name, layer in linears.items()
+        if id(layer) in inside
+        and layer.in_features % 16 == 0
+        and layer.out_features % 16 == 0
+    }
+
+
+def convert_to_fp8(
+    model: nn.Module, device: torch.device, report: Callable[[str], None] = print
+) -> bool:
+    """Make a model's Linear layers compute in fp8 by torchao, where the GPU has it.
+
+    Weights and optimizer stay as they are; inputs, weights and gradients are scaled and
+    cast for the matrix products, each tensor by its own maximum (torchao's tensorwise
+    recipe). Without torch.compile the casts cost more than the products save.
+
+    Args:
+        model: changed in place; call it before FSDP, compiling and the optimizer, and
+            use it with bf16 autocast.
+        device: where the model trains.
+        report: takes one line: how many layers, or why there are none.
+
+    Returns:
+        Whether any layer was converted.
+    """
+    if obstacle := _fp8_obstacle(device):
+        report(f"fp8 is off: {obstacle}")
+        return False
+    names = find_fp8_layers(model)
+    if not names:
+        report(
+            f"fp8 is off: {type(model).__name__} has no hidden nn.Linear whose widths "
+            "are divisible by 16"
+        )
+        return False
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    convert_to_float8_training(
+        model,
+        module_filter_fn=lambda module, name: name in names,
+        config=Float8LinearConfig(pad_inner_dim=True),  # for batches of any size
+    )
+    report(f"fp8: {len(names)} Linear layers")
+    return True
 
 
 def _is_compile_failure(error: Exception) -> bool:
@@ -718,28 +1072,58 @@ class ModelEMA:
     taken.
 
     Args:
-        model: any module that can be deep-copied (not FSDP2; of DDP pass `.module`). A
-            compiled or checkpointed one will do; the average itself runs eagerly.
+        model: any module that can be deep-copied (of DDP pass `.module`). A compiled or
+            checkpointed one will do; the average itself runs eagerly.
         decay: 0.999 averages over about the last 1000 steps.
         warmup: let the first updates move faster: decay is at most
             (1 + updates) / (10 + updates), so .1, .18, .25 ... .99 after 890.
+        ema_model: a second copy of the model to hold the average, for FSDP2, which
+            cannot be deep-copied: built and sharded like the model; its values are
+            overwritten by the model's.
+
+    Raises:
+        ValueError: decay outside 0 to 1, or an ema_model that is another one or not in
+            fp32.
 
     Attributes:
         ema_model: the average, in eval mode, without gradients.
         updates: updates so far.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.999, warmup: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: float = 0.999,
+        warmup: bool = False,
+        ema_model: nn.Module | None = None,
+    ):
         if not 0 <= decay <= 1:
             raise ValueError(f"decay={decay}: use a value from 0 to 1, such as 0.999")
         self.decay = decay
         self.warmup = warmup
         self.updates = 0
-        self.ema_model = copy.deepcopy(model).eval().requires_grad_(False)
-        for tensor in [*self.ema_model.parameters(), *self.ema_model.buffers()]:
-            if tensor.dtype in (torch.float16, torch.bfloat16):
-                tensor.data = tensor.data.float()  # a bf16 average at .999 never moves
         self._source: nn.Module | None = None
+        self.ema_model = copy.deepcopy(model) if ema_model is None else ema_model
+        self.ema_model.eval().requires_grad_(False)
+        if ema_model is not None:
+            self._connect(model)
+            slots = self._averaged + self._copied
+            _copy_all(
+                [holder[key] for _, _, holder, key in slots],
+                [holder[key] for holder, key, _, _ in slots],
+            )
+        for name, tensor in [
+            *self.ema_model.named_parameters(),
+            *self.ema_model.named_buffers(),
+        ]:
+            if tensor.dtype not in (torch.float16, torch.bfloat16):
+                continue
+            if ema_model is not None:
+                raise ValueError(
+                    f"ema_model's {name} is in {tensor.dtype}: build it in fp32, the "
+                    "average of a half-precision model at 0.999 would never move"
+                )
+            tensor.data = tensor.data.float()  # a bf16 average at .999 never moves
 
     def _connect(self, model: nn.Module) -> None:
         """Note once where both models hold their tensors: walking them is slow."""
@@ -757,7 +1141,18 @@ class ModelEMA:
             group = self._averaged if moves else self._copied
             group.append((*slots[name], holder, key))
         self._dtypes = [holder[key].dtype for _, _, holder, key in self._averaged]
+        self._sharded = [
+            module
+            for root in (model, self.ema_model)
+            for module in root.modules()
+            if hasattr(module, "reshard")
+        ]
         self._source = model
+
+    def _reshard(self) -> None:
+        """FSDP2: a forward without backward leaves gathered copies in the weights."""
+        for module in self._sharded:
+            module.reshard()
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -768,6 +1163,7 @@ class ModelEMA:
         """
         if model is not self._source:
             self._connect(model)
+        self._reshard()
         decay = self.decay
         if self.warmup:
             decay = min(decay, (1 + self.updates) / (10 + self.updates))
@@ -790,6 +1186,7 @@ class ModelEMA:
         """
         if model is not self._source:
             self._connect(model)
+        self._reshard()
         slots = self._averaged + self._copied
         tensors = [holder[key] for holder, key, _, _ in slots]
         averages = [holder[key] for _, _, holder, key in slots]
@@ -798,6 +1195,7 @@ class ModelEMA:
             _copy_all(tensors, averages)
             yield
         finally:
+            self._reshard()
             _copy_all(tensors, own)
 
     def forward(self, *args, **kwargs) -> Any:

@@ -635,7 +635,7 @@ class Training:
             self.scheduler.step()
             self.run.step += 1
             self.run.loss_sum += loss.detach()
-            append_jsonl(self.log, {"step": self.run.step, "loss": loss.item()})
+            append_jsonl(self.log, self.run.step, {"loss": loss.item()})
 
     def save(self, **options) -> Path:
         return save_training_state(self.folder, self.run.step, self.parts, **options)
@@ -773,9 +773,9 @@ def test_the_log_is_cut_back_and_never_filled(tmp_path):
     log = tmp_path / "log.jsonl"
     position = LogPosition(log)
     assert position.state_dict() == {"bytes": 0}
-    append_jsonl(log, {"step": 1})
+    append_jsonl(log, 1, {})
     saved = position.state_dict()
-    append_jsonl(log, {"step": 2})
+    append_jsonl(log, 2, {})
     position.load_state_dict(saved)
     assert log.read_text() == '{"step": 1}\n'
     position.load_state_dict({"bytes": 1000})

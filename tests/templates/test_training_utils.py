@@ -14,9 +14,13 @@ from torch import nn
 from templates.training_utils import (
     EarlyStopping,
     MixedPrecisionTrainer,
+    NonFiniteError,
+    check_finite,
     get_cosine_warmup_scheduler,
     get_linear_warmup_scheduler,
-    parameter_groups,
+    get_onecycle_warmup_scheduler,
+    get_wsd_warmup_scheduler,
+    gradients_are_finite,
     set_seed,
     split_batch,
     step_optimizer,
@@ -110,7 +114,12 @@ def test_set_seed_works_without_numpy(monkeypatch):
 
 # --- schedules ------------------------------------------------------------------------
 
-SCHEDULES = [get_linear_warmup_scheduler, get_cosine_warmup_scheduler]
+TO_ZERO = [
+    get_linear_warmup_scheduler,
+    get_cosine_warmup_scheduler,
+    get_wsd_warmup_scheduler,
+]
+SCHEDULES = [*TO_ZERO, get_onecycle_warmup_scheduler]
 
 
 def rates(get_scheduler, warmup: int, total: int, steps: int) -> list[float]:
@@ -134,8 +143,9 @@ def test_schedules_start_above_zero_and_never_rise_again(get_scheduler, warmup, 
     assert all(rate > 0 for rate in seen[:total])  # no step of the training is wasted
     peak = seen.index(max(seen))
     assert all(a >= b for a, b in zip(seen[peak:], seen[peak + 1 :], strict=False))
-    assert seen[total:] == [0.0] * len(seen[total:])
-    if warmup <= total:
+    end = 0.0 if get_scheduler in TO_ZERO else pytest.approx(4e-6)
+    assert seen[total:] == [end] * len(seen[total:])
+    if warmup <= total and (get_scheduler in TO_ZERO or warmup < total):
         assert max(seen) == 1.0
 
 
@@ -157,6 +167,54 @@ def test_cosine_schedule_equals_pytorchs_after_warmup():
     got = rates(get_cosine_warmup_scheduler, 3, 13, 13)
     assert got[:3] == pytest.approx([1 / 3, 2 / 3, 1])
     assert got[3:] == pytest.approx(expected)
+
+
+def test_wsd_schedule_gives_the_documented_factors():
+    assert rates(get_wsd_warmup_scheduler, 2, 10, 12) == pytest.approx(
+        [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 0.5, 0, 0]
+    )
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.2, 0.75, 1.0])
+@pytest.mark.parametrize("warmup", [0, 3, 35])
+def test_wsd_schedule_is_the_closed_form(warmup, fraction):
+    def get_scheduler(optimizer, warmup, total):
+        return get_wsd_warmup_scheduler(optimizer, warmup, total, fraction)
+
+    total = 40
+    decay_steps = min(fraction * total, total - warmup)
+    expected = [
+        (step + 1) / warmup if step < warmup else min(1, (total - step) / decay_steps)
+        for step in range(total)
+    ]
+    assert rates(get_scheduler, warmup, total, total) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("fraction", [0, -0.1, 1.5])
+def test_wsd_schedule_refuses_an_impossible_fraction(fraction):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    with pytest.raises(ValueError, match=f"decay_fraction={fraction}"):
+        get_wsd_warmup_scheduler(optimizer, 1, 10, fraction)
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(3, 10), (1, 8), (9, 30), (19, 20)])
+def test_onecycle_schedule_equals_pytorchs_until_its_end(warmup, total):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    reference = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=1.0,
+        total_steps=total + 1,
+        pct_start=(warmup + 1) / (total + 1),
+        cycle_momentum=False,
+    )
+    expected = [reference.get_last_lr()[0]]
+    for _ in range(total):
+        optimizer.step()
+        reference.step()
+        expected.append(reference.get_last_lr()[0])
+    got = rates(get_onecycle_warmup_scheduler, warmup, total, total + 5)
+    assert got[: total + 1] == pytest.approx(expected)
+    assert got[total:] == [got[total]] * 5  # PyTorch's raises here
 
 
 @pytest.mark.parametrize("get_scheduler", SCHEDULES)
@@ -257,23 +315,89 @@ def test_early_stopping_refuses_what_cannot_be(kwargs, named):
         EarlyStopping(**kwargs)
 
 
-# --- parameter_groups -----------------------------------------------------------------
+# --- values that are not finite ------------------------------------------------------
 
 
-def test_parameter_groups_decay_matrices_only_and_each_once():
-    model = nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4), nn.Linear(4, 5))
-    model[2].weight = model[0].weight  # tied
-    model[1].bias.requires_grad_(False)
-    decay, plain = parameter_groups(model, 0.1)
-    assert (decay["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
-    assert [id(p) for p in decay["params"]] == [id(model[0].weight)]
-    assert [id(p) for p in plain["params"]] == [id(model[1].weight), id(model[2].bias)]
-    torch.optim.AdamW([decay, plain])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_check_finite_names_what_is_not(bad):
+    model = make_model()
+    model(torch.ones(3, 4)).sum().backward()
+    check_finite(torch.tensor(0.5), model, 3)
+    check_finite(0.5, model, 3)
+    with pytest.raises(NonFiniteError, match=r"step 3: the loss is (nan|-?inf)") as e:
+        check_finite(torch.tensor(bad), model, 3)
+    assert "Parameters that are not finite: none. Gradients: none." in str(e.value)
+    with torch.no_grad():
+        model[2].weight[0, :2] = bad
+        model[0].weight.grad[1, 1] = bad
+    with pytest.raises(NonFiniteError) as e:
+        check_finite(0.5, model, 120)
+    for word in (
+        "step 120",
+        "2.weight (2 of 16 values)",
+        "0.weight (1 of 32 values)",
+        "learning rate",
+        "warm-up",
+        "--clip",
+        "bf16",
+        "rows",
+        "--skip-nonfinite",
+    ):
+        assert word in str(e.value)
+    assert "0.bias" not in str(e.value)
 
 
-def test_parameter_groups_leave_out_an_empty_group():
-    (only,) = parameter_groups(nn.Linear(2, 2, bias=False), 0.1)
-    assert only["weight_decay"] == 0.1
+def test_check_finite_names_the_first_few_only():
+    model = nn.Sequential(*(nn.Linear(1, 1, bias=False) for _ in range(5)))
+    for p in model.parameters():
+        nn.init.constant_(p, math.nan)
+    with pytest.raises(NonFiniteError, match=r"0\.weight.*2\.weight.* and 2 more\."):
+        check_finite(1.0, model, 1)
+
+
+def test_overflowed_gradients_are_no_error_for_a_scaler_skips_them():
+    model = make_model()
+    model(torch.ones(3, 4)).sum().backward()
+    model[0].bias.grad[0] = math.inf
+    check_finite(1.0, model, 1)
+    assert not gradients_are_finite(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_gradients_are_finite_sees_every_value_and_never_overflows(dtype):
+    model = make_model().to(dtype)
+    assert gradients_are_finite(model)  # there are none yet
+    model(torch.ones(3, 4, dtype=dtype)).sum().backward()
+    model[2].bias.grad = None
+    largest = torch.finfo(torch.float32).max
+    model[0].weight.grad.fill_(largest * 0.9)  # its sum of squares is infinite
+    assert gradients_are_finite(model)
+    for bad in (math.nan, math.inf, -math.inf):
+        model[2].weight.grad[1, 3] = bad
+        assert not gradients_are_finite(model)
+        model[2].weight.grad[1, 3] = 0
+
+
+def test_gradients_are_finite_takes_sparse_and_empty_ones():
+    model = nn.Sequential(nn.Embedding(6, 2, sparse=True), nn.Linear(2, 2))
+    model[0](torch.tensor([1, 1, 4])).sum().backward()
+    model[1].weight = nn.Parameter(torch.zeros(0, 2))
+    model[1].weight.grad = torch.zeros(0, 2)
+    assert gradients_are_finite(model)
+    model[0].weight.grad._values()[0] = math.nan
+    assert not gradients_are_finite(model)
+
+
+def test_gradients_are_finite_waits_once(monkeypatch):
+    model = make_model()
+    model(torch.ones(3, 4)).sum().backward()
+    waits = []
+    read = torch.Tensor.__bool__
+    monkeypatch.setattr(
+        torch.Tensor, "__bool__", lambda self: waits.append(1) or read(self)
+    )
+    assert gradients_are_finite(model)
+    assert len(waits) == 1
 
 
 # --- split_batch ----------------------------------------------------------------------

@@ -1,0 +1,60 @@
+"""Use when one device is too slow: torchrun --nproc-per-node=N distributed.py
+
+Not when the model does not fit on one device (fully_shard), nor for a first try.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def start() -> tuple[torch.device, int, int]:
+    """Device, rank and number of ranks; one process where torchrun did not start it."""
+    if "LOCAL_RANK" not in os.environ:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu"), 0, 1
+    local = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)  # else every rank computes on GPU 0
+    # Without a backend: nccl and gloo as the device needs them; "nccl" fails on CPUs.
+    dist.init_process_group(device_id=device if device.type == "cuda" else None)
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def own_share(x: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
+    """Every rank takes as many steps and as many samples, or DDP hangs or is wrong."""
+    usable = len(x) - len(x) % ranks
+    return x[:usable][rank::ranks]
+
+
+def train(model: nn.Module, x: torch.Tensor, steps: int) -> torch.Tensor:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for _ in range(steps):
+        optimizer.zero_grad(set_to_none=True)
+        model(x).square().mean().backward()  # DDP averages the gradients in here
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+if __name__ == "__main__":
+    device, rank, ranks = start()
+    torch.manual_seed(0)  # the same weights and data everywhere
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).to(device)
+    single = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).to(device)
+    single.load_state_dict(model.state_dict())
+    x = torch.randn(16, 4).to(device)
+    if ranks > 1:
+        model = DistributedDataParallel(model)
+    trained = train(model, own_share(x, rank, ranks), steps=5)
+    torch.testing.assert_close(trained, train(single, x, steps=5))
+    if ranks > 1:
+        first = trained.clone()
+        dist.broadcast(first, src=0)
+        assert torch.equal(first, trained), "ranks have drifted apart"
+        dist.barrier()  # no rank leaves while another still needs it
+        dist.destroy_process_group()
+    print(f"rank {rank} of {ranks}: as one process on the whole batch")

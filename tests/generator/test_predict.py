@@ -1,0 +1,260 @@
+"""predict.py, run as a script: its predictions are those of the model, whatever helps.
+
+Each is compared with a direct call of the trained model, one sample at a time.
+"""
+
+import contextlib
+import csv
+import importlib.util
+import io
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from templates.checkpoint_io import read_checkpoint_file
+
+from .scripts import STRICT, data_words, docstrings, environment, run, write_script
+
+
+def import_file(path: Path):
+    """A generated script as a module, not to be found under its name again."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_train", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def predict(folder: Path, *words: str, expect: int = 0) -> str:
+    """Run predict.py as a script, in this process: torch takes long to import."""
+    output = io.StringIO()
+    cwd, argv, path = os.getcwd(), sys.argv, list(sys.path)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    try:
+        os.chdir(folder)
+        sys.argv = ["predict.py", *words]
+        sys.path.insert(0, str(folder))
+        with (
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
+            pytest.raises(SystemExit) as end,
+        ):
+            runpy.run_path("predict.py", run_name="__main__")
+    finally:
+        os.chdir(cwd)
+        sys.argv, sys.path[:] = argv, path
+        sys.modules.pop("train", None)
+        torch.backends.mha.set_fastpath_enabled(fused)
+    assert end.value.code == expect, output.getvalue()
+    return output.getvalue()
+
+
+def records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def trained(folder: Path, task: str) -> Path:
+    """A folder with a script, its predict.py and the weights of a short training."""
+    script = write_script(folder, "--task", task, "--predict")
+    run(script, *data_words(task, folder), f"--out-dir=runs/{task}", "--epochs=1")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    folder = trained(tmp_path_factory.mktemp("text"), "text")
+    with open(folder / "new.csv", "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["text"])
+        rows.writerows([docstring] for docstring, _ in docstrings()[1::3][:150])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory) -> Path:
+    return trained(tmp_path_factory.mktemp("image"), "image")
+
+
+@pytest.fixture(scope="module")
+def text_truth(text) -> list[tuple[str, float]]:
+    """Label and probability of each new text, from the model itself, one by one."""
+    train = import_file(text / "train.py")
+    best = read_checkpoint_file(text / "runs/text/best.pt")
+    model = train.build_model(**best["spec"])
+    model.load_state_dict(best["model_state_dict"])
+    model.eval()
+    with open(text / "new.csv", newline="", encoding="utf-8") as file:
+        texts = [row["text"] for row in csv.DictReader(file)]
+    found = []
+    with torch.inference_mode():
+        for words in texts:
+            logits = model(train.collate([(words, 0)])[0])[0]
+            number = int(logits.argmax())
+            found.append((best["spec"]["classes"][number], logits.softmax(-1)[number]))
+    return found
+
+
+def assert_truth(found: list[dict], truth: list, tolerance: float) -> None:
+    assert len(found) == len(truth)
+    for record, (label, probability) in zip(found, truth, strict=True):
+        assert abs(record["probability"] - probability) < tolerance
+        assert record["label"] == label or tolerance > 1e-3
+
+
+def test_as_a_process_it_warns_of_nothing(text, text_truth):
+    words = ["--data=new.csv", "--quantize", "--out=process.jsonl"]
+    done = subprocess.run(
+        [sys.executable, *STRICT, "predict.py", *words],
+        cwd=text,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_truth(records(text / "process.jsonl"), text_truth, 0.1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_text_in_any_batches_equals_the_model(batch_size, text, text_truth):
+    words = [f"--batch-size={batch_size}", f"--out={batch_size}.jsonl"]
+    assert "150 predictions" in predict(text, "--data=new.csv", *words)
+    assert_truth(records(text / f"{batch_size}.jsonl"), text_truth, 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
+def test_other_kinds_of_files_give_the_same_as_csv(kind, text):
+    import pandas
+
+    table = pandas.read_csv(text / "new.csv")
+    table["text"] = table["text"].str.replace("\n", " ")  # a line of .txt is a text
+    if kind == "jsonl":
+        table.to_json(text / "new.jsonl", orient="records", lines=True)
+    elif kind == "parquet":
+        table.to_parquet(text / "new.parquet")
+    else:
+        (text / "new.txt").write_text("\n".join(table["text"]) + "\n")
+    predict(text, f"--data=new.{kind}", f"--out={kind}.out")
+    predict(text, "--data=new.csv", "--out=csv.out")
+    assert (text / f"{kind}.out").read_bytes() == (text / "csv.out").read_bytes()
+
+
+def test_image_equals_the_model_and_names_the_files(image):
+    predict(image, "--data=digits", "--batch-size=7", "--num-workers=0")
+    train = import_file(image / "train.py")
+    best = read_checkpoint_file(image / "runs/image/best.pt")
+    model = train.build_model(**best["spec"])
+    model.load_state_dict(best["model_state_dict"])
+    model.eval()
+    found = records(image / "predictions.jsonl")
+    assert [r["path"] for r in found] == sorted(
+        str(p.relative_to(image)) for p in (image / "digits").rglob("*.png")
+    )
+    paths = [str(image / record["path"]) for record in found]
+    samples = train.LazyImageDataset(paths, labels=[0] * len(paths), size=16)
+    with torch.inference_mode():
+        for record, sample in zip(found, samples, strict=True):
+            batch = train.collate_images([sample])
+            probabilities = train.compute_loss(model, *batch)[1][0].softmax(-1)
+            number = int(probabilities.argmax())
+            assert record["label"] == best["spec"]["classes"][number]
+            assert abs(record["probability"] - probabilities[number]) < 1e-5
+
+
+def test_int8_is_near_and_a_model_without_linear_layers_is_refused(text, text_truth):
+    assert "int8" in predict(text, "--data=new.csv", "--quantize", "--out=int8.jsonl")
+    found = records(text / "int8.jsonl")
+    assert_truth(found, text_truth, 0.1)
+    assert [r["probability"] for r in found] != [float(p) for _, p in text_truth]
+
+
+def test_safetensors_predicts_the_same_without_the_run(text, text_truth, tmp_path):
+    predict(text, f"--export={tmp_path / 'model.safetensors'}")
+    words = [f"--weights={tmp_path / 'model.safetensors'}", "--out=st.jsonl"]
+    predict(text, "--data=new.csv", *words)
+    assert_truth(records(text / "st.jsonl"), text_truth, 1e-6)
+
+
+@pytest.mark.parametrize("task", ["text", "image"])
+def test_an_exported_program_runs_without_the_script(task, request, tmp_path):
+    folder = request.getfixturevalue(task)
+    predict(folder, f"--export={tmp_path / 'model.pt2'}")
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    train = import_file(folder / "train.py")
+    best = read_checkpoint_file(folder / f"runs/{task}/best.pt")
+    model = train.build_model(**best["spec"])
+    model.load_state_dict(best["model_state_dict"])
+    model.eval()
+    for count, length in ((1, 3), (5, 1), (9, 40)):
+        inputs = torch.randint(1, 8000, (count, length))
+        if task == "image":
+            inputs = torch.randint(256, (count, 3, 16, 16), dtype=torch.uint8)
+        with torch.inference_mode():
+            labels = torch.zeros(count, dtype=torch.long)
+            expected = train.compute_loss(model, inputs, labels)[1]
+            torch.testing.assert_close(program(inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+CSV = "text,label\nfirst,a\nsecond,b\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ([], ["nothing to do", "--data", "--export"]),
+        (["--data=none.csv"], ["none.csv", "no such file"]),
+        (["--data=a.xlsx"], ["a.xlsx", ".csv", ".parquet", ".txt"]),
+        (["--data=a.csv", "--text-column=body"], ["a.csv", "body", "text, label"]),
+        (["--data=holes.csv"], ["holes.csv", "text is empty in row 3"]),
+        (["--data=bad.jsonl"], ["bad.jsonl", "cannot be read"]),
+        (["--data=cut.parquet"], ["cut.parquet", "cannot be read"]),
+        (["--data=a.csv", "--weights=none.pt"], ["none.pt", "cannot be read"]),
+        (["--data=a.csv", "--weights=cut.pt"], ["cut.pt", "not a complete"]),
+        (["--data=a.csv", "--device=warp"], ["--device warp", "--device cpu"]),
+        (["--data=a.csv", "--device=cuda:7"], ["--device cuda:7", "--device cpu"]),
+        (["--data=a.csv", "--batchsize=3"], ["did you mean --batch-size?"]),
+        (["--data=a.csv", "--out=a.csv/x"], ["a.csv/x", "cannot be written"]),
+        (["--export=model.onnx"], ["model.onnx", ".safetensors or .pt2"]),
+        (["--export=m.pt2", "--quantize"], ["--export", "--quantize"]),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_one_line_and_exit_code_2(words, parts, text):
+    (text / "a.csv").write_text(CSV)
+    (text / "a.xlsx").write_text("")
+    (text / "holes.csv").write_text(CSV + ",b\n")
+    (text / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (text / "cut.parquet").write_bytes(b"PAR1 and no more")
+    (text / "cut.pt").write_bytes((text / "runs/text/best.pt").read_bytes()[:999])
+    output = predict(text, *words, expect=2)
+    assert "Traceback" not in output
+    line = output.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    for part in parts:
+        assert part in line
+    assert not (text / "predictions.jsonl").exists()
+    assert not list(text.glob(".*.tmp*"))
+
+
+def test_weights_of_another_model_are_refused_by_name(text, tmp_path):
+    source = (text / "train.py").read_text().replace("width=32", "width=64")
+    (tmp_path / "train.py").write_text(source)
+    (tmp_path / "predict.py").write_text((text / "predict.py").read_text())
+    weights = text / "runs/text/best.pt"
+    words = [f"--weights={weights}", f"--data={text / 'new.csv'}"]
+    line = predict(tmp_path, *words, expect=2).strip().splitlines()[-1]
+    assert "embed.weight (8192, 32) in the file, (8192, 64) here" in line
+
+
+def test_an_unreadable_image_is_named(image):
+    (image / "photos").mkdir()
+    (image / "photos/bad.png").write_bytes(b"\x89PNG and no more")
+    words = ["--data=photos", "--out=bad.jsonl", "--num-workers=0"]
+    output = predict(image, *words, expect=2)
+    assert "bad.png" in output.strip().splitlines()[-1]
+    assert not (image / "bad.jsonl").exists()

@@ -25,17 +25,19 @@ MODULE_ORDER = (
     "builtin_models",
     "builtin_data",
     "language_data",
-    "tabular_data",
     "pretrained",
+    "contrastive",
     "data_optimizer",
     "training_utils",
     "optimizers",
+    "contrastive",
     "error_handlers",
     "checkpoint_io",
     "distributed",
     "inference",
     "profiling",
     "loggers",
+    "script_checks",
 )
 
 LINE_LENGTH = 88

@@ -5,6 +5,7 @@ folder = write_digit_images(Path("digits"))
 """
 
 import ast
+import json
 import os
 import sysconfig
 from pathlib import Path
@@ -49,10 +50,60 @@ def stdlib_docstrings(
     return list(label_of_text), list(label_of_text.values())
 
 
+def stdlib_functions(
+    packages: tuple[str, ...] = (*STDLIB_PACKAGES, "collections", "json"),
+) -> tuple[list[str], list[str]]:
+    """What functions of the standard library do, and how they are called.
+
+    Parsed, never imported. The modules beside the packages are taken too. A docstring
+    or a signature that stands in two places is taken once.
+
+    Returns:
+        first paragraphs of docstrings, and signatures such as
+        `Handler.emit(self, record)`, of the same length, in an order that depends only
+        on the Python version.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = [*root.glob("*.py")]
+    paths += [path for name in packages for path in (root / name).rglob("*.py")]
+    signature_of: dict[str, str] = {}
+    for path in sorted(paths):
+        if path.parent.name == "encodings":  # long tables, few functions
+            continue
+        tree = ast.parse(path.read_bytes())
+        classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        for owner in (tree, *classes):
+            prefix = f"{owner.name}." if isinstance(owner, ast.ClassDef) else ""
+            for node in owner.body:
+                if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                    continue
+                summary = (ast.get_docstring(node) or "").partition("\n\n")[0]
+                if summary.strip():
+                    signature = f"{prefix}{node.name}({ast.unparse(node.args)})"
+                    signature_of.setdefault(summary, signature)
+    unique = {signature: summary for summary, signature in signature_of.items()}
+    return list(unique.values()), list(unique)
+
+
 def stdlib_sources(packages: tuple[str, ...] = ("asyncio", "email")) -> list[Path]:
     """The source files of some packages of the standard library, about 0.9 MB."""
     root = Path(sysconfig.get_path("stdlib"))
     return sorted(path for name in packages for path in (root / name).rglob("*.py"))
+
+
+def write_jsonl(path: Path, columns: dict[str, list[str]]) -> Path:
+    """Write texts as a JSONL file, a row a line; it appears in one step.
+
+    Returns:
+        `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        for row in zip(*columns.values(), strict=True):
+            file.write(json.dumps(dict(zip(columns, row, strict=True))) + "\n")
+    os.replace(partial, path)
+    return path
 
 
 def write_digit_images(folder: Path) -> Path:

@@ -298,16 +298,16 @@ def start_run(config: Any, out_dir: str) -> Path:
 def continue_run(
     config: Any,
     out_dir: str,
-    may_change: Collection[str],
     facts: Mapping[str, Any] | None = None,
+    may_change: Collection[str] = ("out_dir", "save_every", "num_workers", "cpu"),
 ) -> Path:
     """The folder of a run that is started or goes on, with its settings in config.json.
 
     Args:
         config: a dataclass.
-        may_change: settings that do not alter the result of a run.
         facts: what else has to be as it was, such as the number of samples; kept in
             facts.json.
+        may_change: settings that do not alter the result of a run.
 
     Raises:
         ConfigError: another setting or fact differs from what the run began with.

@@ -185,6 +185,17 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
+class _AllParameters(nn.Module):
+    """Give every parameter a gradient of zeros; stands in for a model once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+
+    def forward(self) -> torch.Tensor:
+        return torch.stack([(p.sum() * 0).float() for p in self.trained]).sum()
+
+
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     """Let backward average the gradients over the ranks, and forward rank 0's buffers.
 
@@ -196,16 +207,25 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     Blocks checkpointed with `use_reentrant=False` and models compiled in place
     before are fine.
 
+    DDP orders its buckets anew after the first step, and with three or more ranks the
+    order decides how sums are rounded: a resumed run would differ in the last bits. So
+    the order is fixed here, by a first step whose gradients are all zeros.
+
     Args:
         model: on its device, its blocks checkpointed and compiled already.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return model
-    return nn.parallel.DistributedDataParallel(
+    wrapped = nn.parallel.DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,  # or every gradient is in memory twice
     )
+    wrapped.module = _AllParameters(model)
+    wrapped().backward()
+    wrapped.module = model
+    model.zero_grad(set_to_none=True)
+    return wrapped
 
 
 def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
@@ -370,8 +390,8 @@ def shard_model(
     With fp16 use a GradScaler: its check for overflow covers all shards.
 
     Args:
-        model: changed in place, on `device`; its blocks checkpointed before, compiled
-            in place before or after.
+        model: changed in place, on `device`; its blocks checkpointed and the model
+            compiled in place before.
         blocks: what is gathered and freed as one, usually the repeated layers. One that
             shares a weight with the rest of the model stays with the model's own.
         dtype: bf16 or fp16 computes in it, with weights, gradient sums and outputs in

@@ -8,6 +8,7 @@ import pytest
 from generator.options import TASKS
 
 from .scripts import (
+    EXACT,
     data_words,
     largest_difference,
     newest_state,
@@ -15,7 +16,6 @@ from .scripts import (
     same,
     write_script,
 )
-from .test_scripts import EXACT
 
 FLAGS = ("--oom-recovery", "--resume", "--clip", "--scheduler=cosine", "--ema=0.9")
 

@@ -27,6 +27,7 @@ from generator.render import render_script
 from generator.stitch import Library
 
 from .scripts import (
+    EXACT,
     data_words,
     largest_difference,
     newest_state,
@@ -203,18 +204,6 @@ def test_what_a_user_reads_stays_under_200_lines(task):
     text = render_script(request).text
     yours = text.partition("# --- Settings")[2].partition("# --- templates/")[0]
     assert yours.count("\n") < 200
-
-
-# In double precision and without dropout, so that only a real difference shows.
-EXACT = {
-    "text": {"dropout=0.1": "dropout=0.0", ".to(device)\n": ".to(device).double()\n"},
-    "image": {
-        "dropout=0.1": "dropout=0.0",
-        ".to(device)\n": ".to(device).double()\n",
-        "images_BCHW.float()": "images_BCHW.double()",
-        "if model.training:": "if False:",
-    },
-}
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -304,13 +304,13 @@ def test_start_run_numbers_the_folders_and_overwrites_nothing(slash, tmp_path):
 def test_continue_run_takes_the_same_settings_and_refuses_others(tmp_path):
     out_dir = str(tmp_path / "run")
     first = Settings(rate=1 / 3)
-    assert continue_run(first, out_dir, ("workers",)) == tmp_path / "run"
+    assert continue_run(first, out_dir, may_change=("workers",)) == tmp_path / "run"
     changed = Settings(rate=1 / 3, workers=2)
-    assert continue_run(changed, out_dir, ("workers",)) == tmp_path / "run"
+    assert continue_run(changed, out_dir, may_change=("workers",)) == tmp_path / "run"
     kept = json.loads((tmp_path / "run/config.json").read_text())
     assert kept == asdict(changed)
     with pytest.raises(ConfigError) as caught:
-        continue_run(Settings(rate=0.5, epochs=4), out_dir, ("workers",))
+        continue_run(Settings(rate=0.5, epochs=4), out_dir, may_change=("workers",))
     message = str(caught.value)
     assert "epochs was 3 and is 4" in message
     assert f"rate was {1 / 3} and is 0.5" in message
@@ -320,6 +320,6 @@ def test_continue_run_takes_the_same_settings_and_refuses_others(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    for begin in (start_run, lambda *words: continue_run(*words, ())):
+    for begin in (start_run, lambda *words: continue_run(*words)):
         with pytest.raises(ConfigError, match=r"config\.json: cannot be written"):
             begin(Settings(), f"{tmp_path}/file/run")

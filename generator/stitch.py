@@ -30,7 +30,6 @@ MODULE_ORDER = (
     "data_optimizer",
     "training_utils",
     "optimizers",
-    "contrastive",
     "error_handlers",
     "checkpoint_io",
     "distributed",

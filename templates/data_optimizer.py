@@ -166,7 +166,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
             few rows; `create_optimized_dataloader` makes an empty batch of that.
 
     Raises:
-        ValueError: if a rank would get no row of some batch, without `allow_empty`.
+        DataError: if a rank would get no row of some batch, without `allow_empty`.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
         steps = len(self)
         shortest = self._bound(steps) - self._bound(steps - 1) if steps else None
         if not allow_empty and shortest is not None and shortest < self.world_size:
-            raise ValueError(
+            raise DataError(
                 f"a batch of {shortest} rows ({length=}, {batch_size=}) leaves some of "
                 f"the {self.world_size} ranks without a row: use a batch_size of "
                 f"at least {2 * self.world_size}, drop_last=True or fewer ranks"

@@ -1,9 +1,10 @@
 """What an update of the average costs: ours, PyTorch's AveragedModel, a naive loop.
 
-    OMP_NUM_THREADS=1 python benchmarks/ema.py [--rounds 300]
+    OMP_NUM_THREADS=1 python benchmarks/ema.py [--rounds 100] [--burst 10]
 
-All take turns in one process, so compare the ratios. The model has 200 tensors of
-1000 to 4000 values, so that calls count, not memory.
+All take turns in one process, `burst` updates a turn, so compare the ratios; with
+--burst 1 each finds the caches cold. The model has 200 tensors of 16 to 4096 values, so
+that calls count, not memory.
 """
 
 import argparse
@@ -60,8 +61,9 @@ def state_dict_updater(model: nn.Module) -> Callable[[], None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=300)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--burst", type=int, default=10)
+    options = parser.parse_args()
     torch.set_num_threads(1)
     model = make_model()
     ema = ModelEMA(model, DECAY)
@@ -73,12 +75,13 @@ def main() -> None:
         "naive loop over state_dict": state_dict_updater(model),
     }
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_number in range(rounds + 10):
+    for _ in range(options.rounds):
         for name, update in contenders.items():
             start = time.perf_counter()
-            update()
-            if round_number >= 10:
-                times[name].append((time.perf_counter() - start) * 1e3)
+            for _ in range(options.burst):
+                update()
+            took_ms = (time.perf_counter() - start) * 1e3
+            times[name].append(took_ms / options.burst)
     medians = {name: statistics.median(values) for name, values in times.items()}
     count = len(list(model.parameters()))
     print(f"torch {torch.__version__}, {platform.machine()}, {count} tensors, 1 thread")

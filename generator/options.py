@@ -504,6 +504,11 @@ CONFLICTS = (
         "=ddp, or --checkpointing and --accumulate",
     ),
     Conflict(
+        "--optimizer=adafactor",
+        "--distributed=fsdp",
+        "PyTorch's takes no sharded tensors: use adamw or muon",
+    ),
+    Conflict(
         "--oom-recovery",
         "--task=embedding",
         "ranks exchange vectors within a step, so none can go back alone: use"

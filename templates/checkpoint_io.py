@@ -509,7 +509,7 @@ def read_newest_training_state(
     Raises:
         CheckpointError: all files are damaged, or the newest cannot be read.
     """
-    for leftover in folder.glob(".step-*.tmp"):  # of a process killed while saving
+    for leftover in folder.glob(".step-*.pt.*.tmp"):  # of a process killed while saving
         leftover.unlink(missing_ok=True)
     paths = list_training_states(folder)
     for path in reversed(paths):

@@ -166,7 +166,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
             few rows; `create_optimized_dataloader` makes an empty batch of that.
 
     Raises:
-        ValueError: if a rank would get no row of some batch, without `allow_empty`.
+        DataError: if a rank would get no row of some batch, without `allow_empty`.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
         steps = len(self)
         shortest = self._bound(steps) - self._bound(steps - 1) if steps else None
         if not allow_empty and shortest is not None and shortest < self.world_size:
-            raise ValueError(
+            raise DataError(
                 f"a batch of {shortest} rows ({length=}, {batch_size=}) leaves some of "
                 f"the {self.world_size} ranks without a row: use a batch_size of "
                 f"at least {2 * self.world_size}, drop_last=True or fewer ranks"
@@ -2082,19 +2082,6 @@ def read_texts(paths: list[Path], text_column: str) -> Iterator[tuple[str, bool]
     return read_text_files(paths)
 
 
-def require_samples(train_set: Any, val_set: Any, data: str) -> None:
-    """Refuse data that leaves nothing to train or to validate on.
-
-    Raises:
-        DataError: one of the two is empty.
-    """
-    if not len(train_set) or not len(val_set):
-        raise DataError(
-            f"{data or 'the built-in data'}: {len(train_set)} samples to train on and"
-            f" {len(val_set)} to validate on: give more data or another val_fraction"
-        )
-
-
 # --- Images
 
 
@@ -2475,7 +2462,15 @@ def make_loaders(
         batch_size: samples of a global batch, over all ranks together.
         num_workers: None chooses from the CPUs that this process may use.
         collate_fn: a list of samples -> (inputs, targets).
+
+    Raises:
+        DataError: there is nothing to train or to validate on.
     """
+    if not len(train_set) or not len(val_set):
+        raise DataError(
+            f"{len(train_set)} samples to train on and {len(val_set)} to validate on:"
+            " give more data or another val_fraction"
+        )
     loaders = []
     for samples, shuffle in ((train_set, True), (val_set, False)):
         if hasattr(samples, "load"):

@@ -387,11 +387,13 @@ def shard_model(
     runs. Build the optimizer afterwards. Outside torchrun this process makes a group of
     one, so that the script runs unchanged.
 
-    With fp16 use a GradScaler: its check for overflow covers all shards.
+    Forward gathers weights: every rank has to run it equally often, in evaluation too.
+    With fp16 use a GradScaler: its check for overflow covers all shards. Of torch's
+    optimizers (2.13) AdamW, SGD (not fused) and Muon take sharded weights.
 
     Args:
-        model: changed in place, on `device`; its blocks checkpointed and the model
-            compiled in place before.
+        model: changed in place, on `device`; its blocks checkpointed before, compiled
+            in place before or after.
         blocks: what is gathered and freed as one, usually the repeated layers. One that
             shares a weight with the rest of the model stays with the model's own.
         dtype: bf16 or fp16 computes in it, with weights, gradient sums and outputs in
@@ -430,7 +432,14 @@ def shard_model(
     for block in blocks:
         if not any(id(parameter) in tied for parameter in block.parameters()):
             fully_shard(block, mesh=mesh, mp_policy=block_policy)
-    return fully_shard(model, mesh=mesh, mp_policy=root_policy)
+    fully_shard(model, mesh=mesh, mp_policy=root_policy)
+    # Whole weights are made once here: if an evaluation under inference_mode made them
+    # (after a resume), training could not write to them.
+    for module in model.modules():
+        if hasattr(module, "unshard"):
+            module.unshard()
+            module.reshard()
+    return model
 
 
 def print_once(*values: Any, **options: Any) -> None:

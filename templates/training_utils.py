@@ -1127,6 +1127,13 @@ class ModelEMA:
 
     def _connect(self, model: nn.Module) -> None:
         """Note once where both models hold their tensors: walking them is slow."""
+        self._sharded = [
+            module
+            for root in (model, self.ema_model)
+            for module in root.modules()
+            if hasattr(module, "reshard")
+        ]
+        self._reshard()
         slots, ema_slots = _tensor_slots(model), _tensor_slots(self.ema_model)
         if slots.keys() != ema_slots.keys():
             odd = sorted(slots.keys() ^ ema_slots.keys())
@@ -1141,12 +1148,6 @@ class ModelEMA:
             group = self._averaged if moves else self._copied
             group.append((*slots[name], holder, key))
         self._dtypes = [holder[key].dtype for _, _, holder, key in self._averaged]
-        self._sharded = [
-            module
-            for root in (model, self.ema_model)
-            for module in root.modules()
-            if hasattr(module, "reshard")
-        ]
         self._source = model
 
     def _reshard(self) -> None:

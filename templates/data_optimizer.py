@@ -218,11 +218,14 @@ class ResumableBatchSampler(Sampler[list[int]]):
             order = torch.randperm(self.length, generator=generator)
         else:
             order = torch.arange(self.length)
+        rows, base = [], 0  # some thousand rows as numbers: cheaper than each batch
         for k in range(self.start, len(self)):
             low, high = self._bound(k), self._bound(k + 1)
             first = low + (high - low) * self.rank // self.world_size
             last = low + (high - low) * (self.rank + 1) // self.world_size
-            yield order[first:last].tolist()
+            if last > base + len(rows):
+                base, rows = first, order[first : max(last, first + 4096)].tolist()
+            yield rows[first - base : last - base]
 
 
 # --- Streams, part 1: which rows there are (an index of blocks)

@@ -393,7 +393,12 @@ def _describe_nonfinite(tensors: Mapping[str, torch.Tensor], limit: int = 3) -> 
     return ", ".join(found[:limit]) + more if found else nothing
 
 
-def check_finite(loss: torch.Tensor | float, model: nn.Module, step: int) -> None:
+def check_finite(
+    loss: torch.Tensor | float,
+    model: nn.Module,
+    step: int,
+    parameters_too: bool = True,
+) -> None:
     """Raise where the loss or a parameter is NaN or infinite.
 
     Waits for the GPU: call it where the loss is read anyway, and before a save, so that
@@ -404,11 +409,14 @@ def check_finite(loss: torch.Tensor | float, model: nn.Module, step: int) -> Non
     Args:
         loss: of one step, or a mean over several.
         step: optimizer steps so far, for the message.
+        parameters_too: False looks at the loss alone, which costs nothing.
 
     Raises:
         NonFiniteError: names the first parameters and gradients, and what to look at.
     """
     loss = float(loss)
+    if not parameters_too and math.isfinite(loss):
+        return
     parameters = dict(model.named_parameters())
     if _all_finite(list(parameters.values())) and math.isfinite(loss):
         return

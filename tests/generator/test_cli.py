@@ -111,19 +111,37 @@ def test_errors_as_json(capsys):
     assert "--amp" in json.loads(capsys.readouterr().out)["errors"][0]
 
 
+VALUES_OF_FLAGS = {
+    "--extract": ["--extract", "set_seed"],
+    "--task": ["--task=text"],
+    "--model": ["--model=mine:Net"],
+    "--model=hf": ["--model=hf:NAME"],
+    "--model=timm": ["--model=timm:NAME"],
+    "--preset": ["--preset=max"],
+    "--from": ["--from=answers.yaml"],
+    "--save": ["--save=answers.yaml"],
+    "-o": ["-o", "x.py"],
+}
+
+
 @pytest.mark.parametrize("conflict", CONFLICTS, ids=str)
-def test_conflicts_name_both_flags_and_the_fix(conflict, capsys):
+def test_conflicts_name_all_flags_and_the_fix(conflict, capsys):
+    Path("answers.yaml").write_text("task: text")
     words = []
-    for flag in (conflict.first, conflict.second):
+    for flag in filter(None, (conflict.first, conflict.second, conflict.third)):
         section = next((s for s in SECTIONS.values() if s.flag == flag), None)
-        extra = {"--extract": ["set_seed"], "--task": ["text"], "-o": ["x.py"]}
-        words += [sample_flags(section)[0]] if section else flag.split()
-        words += extra.get(flag, [])
+        section_words = [sample_flags(section)[0]] if section else flag.split()
+        words += VALUES_OF_FLAGS.get(flag, section_words)
     assert main(words) == 2
-    said = "".join(capsys.readouterr())  # as JSON on standard output if so asked
-    assert (
-        f"{conflict.first} does not go with {conflict.second}: {conflict.fix}" in said
-    )
+    # As JSON on standard output if so asked.
+    assert str(conflict) in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
+def test_a_flag_of_no_use_alone_names_the_other(requirement, capsys):
+    assert main([requirement.first]) == 2
+    assert str(requirement) in capsys.readouterr().err
+    assert main([requirement.first, requirement.needed]) == 0
 
 
 def test_list_shows_every_task_section_and_conflict(capsys):
@@ -181,7 +199,9 @@ def test_every_flag_and_value_changes_the_script(section, task):
         for other in SECTIONS.values():
             more = [*others, sample_flags(other)[0]]
             if other is not section and not other.writes[0]:
-                legal = main([*start, flag, *more, "-o", "out.py", "--force"]) == 0
+                both = ([flag, *more], more)  # with the flag in question and without
+                commands = ([*start, *f, "-o", "out.py", "--force"] for f in both)
+                legal = not any(map(main, commands))
                 others = more if legal else others
         alone, among = (body(generate(*start, flag, *o)) for o in ([], others))
         without = (body(generate(*start, *o)) for o in ([], others))

@@ -22,6 +22,7 @@ from generator.options import (
     TASKS,
     check_request,
     find_conflicts,
+    preset_sections,
 )
 from generator.render import render_script
 from generator.stitch import Library
@@ -175,8 +176,9 @@ def some_rows(count: int) -> list[dict[str, str | None]]:
         for name, flags in VALUES.items():
             rows += [{"task": task, name: flag} for flag in flags if name != "task"]
         for preset in PRESETS:
+            chosen = preset_sections(preset, task.removeprefix("--task="))
             row = {
-                n: SECTIONS[n].flag + (f"={v}" if v else "") for n, v in preset.items()
+                n: SECTIONS[n].flag + (f"={v}" if v else "") for n, v in chosen.items()
             }
             rows.append({"task": task} | row)
         everything = {n: flags[-1] for n, flags in VALUES.items()} | {"task": task}

@@ -384,8 +384,9 @@ def shard_model(
     """Shard weights, gradients and optimizer state over all ranks (FSDP2).
 
     Each rank keeps 1/ranks of every tensor; a block's whole weights exist only while it
-    runs. Build the optimizer afterwards. Outside torchrun this process makes a group of
-    one, so that the script runs unchanged.
+    runs. Build the optimizer at once: after a forward without a backward `parameters()`
+    are whole ones, which are not trained. Outside torchrun this process makes a group
+    of one, so that the script runs unchanged.
 
     Forward gathers weights: every rank has to run it equally often, in evaluation too.
     With fp16 use a GradScaler: its check for overflow covers all shards. Of torch's

@@ -166,7 +166,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
             few rows; `create_optimized_dataloader` makes an empty batch of that.
 
     Raises:
-        ValueError: if a rank would get no row of some batch, without `allow_empty`.
+        DataError: if a rank would get no row of some batch, without `allow_empty`.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
         steps = len(self)
         shortest = self._bound(steps) - self._bound(steps - 1) if steps else None
         if not allow_empty and shortest is not None and shortest < self.world_size:
-            raise ValueError(
+            raise DataError(
                 f"a batch of {shortest} rows ({length=}, {batch_size=}) leaves some of "
                 f"the {self.world_size} ranks without a row: use a batch_size of "
                 f"at least {2 * self.world_size}, drop_last=True or fewer ranks"
@@ -1992,7 +1992,9 @@ def open_table(
         column_types=kinds,
     )
     whole = open_stream(rank=0, world_size=1)  # so that all ranks scale alike
-    classes = [] if regress else whole.unique(label_column, MAX_TABLE_CLASSES)
+    classes = []
+    if not regress:
+        classes, _ = number_classes(whole.unique(label_column, MAX_TABLE_CLASSES))
     collate = functools.partial(
         split_label, features="x", label_column=label_column, classes=classes
     )
@@ -2070,26 +2072,14 @@ def read_texts(paths: list[Path], text_column: str) -> Iterator[tuple[str, bool]
         paths: all plain text, or all Parquet, CSV or JSONL.
         text_column: to read from files that have columns.
     """
+    options = {"rank": 0, "world_size": 1, "column_types": {text_column: "string"}}
     if paths[0].suffix in (".parquet", ".pq"):
-        rows = StreamingParquetDataset(paths, [text_column], rank=0, world_size=1)
-        return ((row[text_column], True) for row in rows)
+        rows = StreamingParquetDataset(paths, [text_column], **options)
+        return ((row[text_column] or "", True) for row in rows)
     if paths[0].suffix in (".jsonl", ".ndjson", ".csv"):
-        rows = StreamingTextDataset(paths, text_column, rank=0, world_size=1)
-        return ((text, True) for text in rows)
+        rows = StreamingTextDataset(paths, text_column, **options)
+        return ((text or "", True) for text in rows)
     return read_text_files(paths)
-
-
-def require_samples(train_set: Any, val_set: Any, data: str) -> None:
-    """Refuse data that leaves nothing to train or to validate on.
-
-    Raises:
-        DataError: one of the two is empty.
-    """
-    if not len(train_set) or not len(val_set):
-        raise DataError(
-            f"{data or 'the built-in data'}: {len(train_set)} samples to train on and"
-            f" {len(val_set)} to validate on: give more data or another val_fraction"
-        )
 
 
 # --- Images
@@ -2472,7 +2462,15 @@ def make_loaders(
         batch_size: samples of a global batch, over all ranks together.
         num_workers: None chooses from the CPUs that this process may use.
         collate_fn: a list of samples -> (inputs, targets).
+
+    Raises:
+        DataError: there is nothing to train or to validate on.
     """
+    if not len(train_set) or not len(val_set):
+        raise DataError(
+            f"{len(train_set)} samples to train on and {len(val_set)} to validate on:"
+            " give more data or another val_fraction"
+        )
     loaders = []
     for samples, shuffle in ((train_set, True), (val_set, False)):
         if hasattr(samples, "load"):

@@ -159,6 +159,7 @@ def test_names_of_templates_and_snippets_exist(page):
 OTHERS = {
     *("--data", "--config", "--help", "--epochs", "--out-dir", "--dtype", "--cpu"),
     *("--replicas", "--batch-size", "--image-size", "--text-column", "--label-column"),
+    *("--query-column", "--document-column"),
     *("--num-workers", "--nproc-per-node", "--standalone", "--nnodes"),
 }
 

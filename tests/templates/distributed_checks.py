@@ -248,6 +248,13 @@ def check_exchanges() -> dict[str, float]:
     assert model["n"].running_mean.tolist() == [5, 5]
     assert model["n"].mine == rank
 
+    # DDP's own exchange of statistics, after the stand-in of its first step
+    wrapped = wrap_ddp(nn.BatchNorm1d(2), CPU)
+    for _ in range(2):
+        wrapped(torch.full((4, 2), float(rank))).sum().backward()
+    found = wrapped.module.running_mean  # rank 0's 0, then a tenth of the way to rank
+    assert (found - 0.1 * rank).abs().max() < 1e-6
+
     # the same first weights, other dropout
     seed_rank(3)
     draws = [torch.zeros(4) for _ in range(ranks)]

@@ -722,6 +722,8 @@ def run_on_rank_zero(action: Callable[[], Any]) -> Any:
     Raises:
         CheckpointError: rank 0's action raised one; nobody waits for it in vain.
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        return action()
     result = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -740,6 +742,8 @@ def run_on_all_ranks(action: Callable[[], Any]) -> Any:
     Raises:
         CheckpointError: it raised one on some rank; no other goes on alone.
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        return action()
     result, failure = None, None
     try:
         result = action()

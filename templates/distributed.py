@@ -185,6 +185,13 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def _join_a_group(device: torch.device) -> None:
+    """Make a group of this process alone, where torchrun has made none."""
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
 class _AllParameters(nn.Module):
     """Give every parameter a gradient of zeros; stands in for a model once."""
 
@@ -199,7 +206,8 @@ class _AllParameters(nn.Module):
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     """Let backward average the gradients over the ranks, and forward rank 0's buffers.
 
-    All ranks begin with rank 0's weights. Without a group the model itself comes back.
+    All ranks begin with rank 0's weights. Outside torchrun this process makes a group
+    of one, so that the script runs unchanged.
 
     Neither `find_unused_parameters` (walks the graph each step) nor `static_graph`
     (breaks when a later step takes another path or accumulates another way) is on;
@@ -214,14 +222,14 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     Args:
         model: on its device, its blocks checkpointed and compiled already.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return model
+    _join_a_group(device)
     wrapped = nn.parallel.DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,  # or every gradient is in memory twice
     )
     wrapped.module = _AllParameters(model)
+    wrapped.require_forward_param_sync = False  # the stand-in has no buffers
     wrapped().backward()
     wrapped.module = model
     model.zero_grad(set_to_none=True)
@@ -384,8 +392,9 @@ def shard_model(
     """Shard weights, gradients and optimizer state over all ranks (FSDP2).
 
     Each rank keeps 1/ranks of every tensor; a block's whole weights exist only while it
-    runs. Build the optimizer afterwards. Outside torchrun this process makes a group of
-    one, so that the script runs unchanged.
+    runs. Build the optimizer at once: after a forward without a backward `parameters()`
+    are whole ones, which are not trained. Outside torchrun this process makes a group
+    of one, so that the script runs unchanged.
 
     Forward gathers weights: every rank has to run it equally often, in evaluation too.
     With fp16 use a GradScaler: its check for overflow covers all shards. Of torch's
@@ -410,9 +419,7 @@ def shard_model(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    _join_a_group(device)
     ranks = distributed_world_size()
     if replicas < 1 or ranks % replicas:
         raise LaunchError(

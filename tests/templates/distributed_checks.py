@@ -248,6 +248,13 @@ def check_exchanges() -> dict[str, float]:
     assert model["n"].running_mean.tolist() == [5, 5]
     assert model["n"].mine == rank
 
+    # DDP's own exchange of statistics, after the stand-in of its first step
+    wrapped = wrap_ddp(nn.BatchNorm1d(2), CPU)
+    for _ in range(2):
+        wrapped(torch.full((4, 2), float(rank))).sum().backward()
+    found = wrapped.module.running_mean  # rank 0's 0, then a tenth of the way to rank
+    assert (found - 0.1 * rank).abs().max() < 1e-6
+
     # the same first weights, other dropout
     seed_rank(3)
     draws = [torch.zeros(4) for _ in range(ranks)]
@@ -279,11 +286,16 @@ def check_unsynchronised() -> dict[str, float]:
 
 def check_evaluation_first() -> dict[str, float]:
     """A resumed run may begin with an evaluation; then it still trains."""
+
+    def evaluate_and_train(model, batch):
+        with torch.inference_mode():
+            model(batch[0])
+        on_share()(model, batch)
+
     model = make_model()
     shard_model(model, model.blocks, CPU)
-    with torch.inference_mode():
-        model(make_batch(0)[0])
-    assert largest_difference(train(model, on_share()), one_process()) < 1e-13
+    found = train(model, evaluate_and_train)
+    assert largest_difference(found, one_process()) < 1e-13
     return {}
 
 

@@ -13,12 +13,15 @@ import templates.checkpoint_io as checkpoint_io
 from templates.checkpoint_io import (
     CheckpointError,
     HostBuffers,
+    RankStateSaver,
     RunState,
     StateSaver,
     full_state_dict,
     list_training_states,
     load_checkpoint,
     read_checkpoint_file,
+    run_on_all_ranks,
+    run_on_rank_zero,
     save_checkpoint,
     save_training_state,
 )
@@ -245,3 +248,14 @@ def test_whole_weights_of_a_plain_model_can_be_saved_without_it(tmp_path):
     other = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     assert load_checkpoint(tmp_path / "best.pt", other)["epoch"] == 3
     assert equal(dict(other.state_dict()), dict(model.state_dict()))
+
+
+def test_without_ranks_the_savers_for_ranks_are_plain_ones(tmp_path):
+    training, _ = begin(tmp_path)
+    training.train(2)
+    parts, folder = training.parts, training.folder
+    with RankStateSaver(folder, parts, rank_parts=["run"]) as saver:
+        assert saver.resume() is None
+        saver.save(2)
+    assert saver.resume() == folder / "step-00000002.pt"
+    assert run_on_rank_zero(lambda: 3) == run_on_all_ranks(lambda: 3) == 3

@@ -18,6 +18,7 @@ from templates.distributed import (
     distributed_world_size,
     is_main_process,
     setup_distributed,
+    wrap_ddp,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,6 +135,21 @@ def test_torchrun_with_one_process_makes_a_group_of_one(monkeypatch):
     finally:
         cleanup_distributed()
     assert not dist.is_initialized()
+
+
+def test_without_torchrun_a_wrapped_model_is_in_a_group_of_one():
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 2))
+    try:
+        wrapped = wrap_ddp(model, torch.device("cpu"))
+        assert wrapped.module is model
+        assert all(p.grad is None for p in model.parameters())
+        for _ in range(2):
+            wrapped(torch.ones(3, 2)).sum().backward()
+        assert model[1].bias.grad.tolist() == [6, 6]
+        assert model[0].num_batches_tracked == 2
+        assert distributed_world_size() == 1
+    finally:
+        cleanup_distributed()
 
 
 @pytest.mark.parametrize(

@@ -736,34 +736,14 @@ class _EpochPlan:
         )
         return {b: row[mine][begin[mine] == b] for b in np.unique(begin).tolist()}
 
-    def spans(
-        self, position: int, batch_size: int, drop_last: bool, rank: int, ranks: int
-    ) -> Iterator[tuple[_StreamWindow, int, int]]:
-        """Yield (window, low, high): in which rows of it those of a rank lie."""
-        if ranks > 1:
-            for window, _, rows, _, _ in self.shares(
-                position, batch_size, drop_last, rank, ranks
-            ):
-                some = len(rows) > 0
-                yield window, *((rows.min(), rows.max() + 1) if some else (0, 0))
-            return
-        total = self.total
-        if drop_last:
-            total -= (total - position) % batch_size
-        while position < total:  # all of each window: nothing has to be ordered
-            window = self.window_at(position)
-            yield window, 0, window.rows
-            position = window.end
-
     def shares(
         self, position: int, batch_size: int, drop_last: bool, rank: int, ranks: int
-    ) -> Iterator[tuple[_StreamWindow, int, Any, list[int], bool]]:
+    ) -> Iterator[tuple[_StreamWindow, Any, list[int], bool]]:
         """Yield what a rank takes of each window from `position` on.
 
         Yields:
-            (window, number of the first batch counted from `position`, rows of the
-            window in the order of the batches, how many go into each batch, whether
-            the last of them ends here).
+            (window, rows of it in the order of the batches, how many go into each
+            batch, whether the last of them ends here).
         """
         np, start = self.np, position
         total = self.total - start
@@ -775,7 +755,7 @@ class _EpochPlan:
 
         k = 0
         while position < start + total:
-            window, first_k = self.window_at(position), k
+            window = self.window_at(position)
             pieces, counts, whole = [], [], True
             while position < min(window.end, start + total):
                 low, high = bound(k), bound(k + 1)
@@ -786,9 +766,11 @@ class _EpochPlan:
                         last -= 1
                     inside = slice(low - window.begin, bound(last) - window.begin)
                     rows = self.order(window)[inside].reshape(-1, high - low)
-                    rows = np.sort(rows, axis=1) if self.shuffle else rows
-                    cut = [(high - low) * r // ranks for r in (rank, rank + 1)]
-                    rows = rows[:, cut[0] : cut[1]]
+                    if ranks > 1:
+                        # Sorted, so that a rank keeps to its part of the blocks.
+                        rows = np.sort(rows, axis=1) if self.shuffle else rows
+                        cut = [(high - low) * r // ranks for r in (rank, rank + 1)]
+                        rows = rows[:, cut[0] : cut[1]]
                     pieces.append(rows.ravel())
                     counts += [rows.shape[1]] * rows.shape[0]
                     k, position = last, bound(last)
@@ -802,7 +784,7 @@ class _EpochPlan:
                 position = min(high, window.end)
                 whole = high <= window.end
                 k += whole
-            yield window, first_k, np.concatenate(pieces), counts, whole
+            yield window, np.concatenate(pieces), counts, whole
 
 
 # --- Streams, part 3: reading windows and cutting batches
@@ -941,39 +923,47 @@ class _RowLayout:
             begin = end
         return chunk
 
-    def fill(self, chunk: list[Any], at: int, arrays: list[Any]) -> int:
-        """Write decoded columns into a chunk from row `at` on; return the end."""
-        end = at + len(arrays[0])
-        for matrix, (_, columns, _, size) in zip(chunk, self.matrices, strict=True):
-            for place, i in enumerate(columns):
-                array = arrays[i].flatten() if size else arrays[i]
-                # Copies only booleans, which Arrow keeps as bits.
-                values = array.to_numpy(zero_copy_only=False)
-                if size:
-                    matrix[at:end] = values.reshape(-1, size)
-                else:
-                    matrix[at:end, place] = values
-        return end
+    def place(self, chunk: list[Any], arrays: list[Any], where: Any) -> None:
+        """Write decoded columns into a chunk: row i goes to where[i], with -1 nowhere.
 
-    def gather(self, chunk: list[Any], low: int, rows: Any) -> list[Any]:
-        """Take rows in the given order (tensors, and Arrow arrays from `low` on)."""
+        A few rows at a time, which stay in the cache, are put together and then
+        written each in one piece: columns are much slower to shuffle one by one.
+        """
         np = _import_data_package("numpy", "numpy")
+        partly = where.min(initial=0) < 0
+        for matrix, layout in zip(chunk, self.matrices, strict=True):
+            _, columns, dtype, size = layout
+            width = size or len(columns)
+            given = [arrays[i].flatten() if size else arrays[i] for i in columns]
+            # Copies only booleans, which Arrow keeps as bits.
+            values = [array.to_numpy(zero_copy_only=False) for array in given]
+            whole_row = np.dtype((np.void, width * dtype.itemsize))
+            target = matrix.view(whole_row)[:, 0]
+            step = max(256, (1 << 17) // whole_row.itemsize)
+            scratch = np.empty((step, width), dtype)
+            for low in range(0, len(where), step):
+                to = where[low : low + step]
+                if len(values) == 1:
+                    part = values[0][low * width : (low + len(to)) * width]
+                else:
+                    part = scratch[: len(to)]
+                    for place, column in enumerate(values):
+                        part[:, place] = column[low : low + step]
+                rows = part.reshape(-1, width).view(whole_row)[:, 0]
+                if partly:
+                    rows, to = rows[to >= 0], to[to >= 0]
+                target[to] = rows
+
+    def take(self, arrays: list[Any], rows: Any) -> list[Any]:
+        """Return rows of Arrow arrays in the given order."""
         pa = _import_data_package("pyarrow", "pyarrow")
-        taken: list[Any] = []
-        for values in chunk:
-            if isinstance(values, np.ndarray):
-                out = np.empty((len(rows), values.shape[1]), values.dtype)
-                # "clip" writes straight to `out`; "raise" would buffer it.
-                np.take(values, rows, axis=0, out=out, mode="clip")
-                taken.append(torch.from_numpy(out))
-            else:
-                taken.append(values.take(pa.array(rows - low)))
-        return taken
+        indices = pa.array(rows)
+        return [array.take(indices) for array in arrays]
 
     def cut(self, chunk: list[Any], low: int, high: int) -> list[Any]:
-        """Slice a gathered chunk without copying."""
+        """Copy rows out of the matrices of a chunk, which are used again."""
         count = len(self.matrices)
-        cut = [matrix[low:high] for matrix in chunk[:count]]
+        cut = [torch.from_numpy(matrix[low:high].copy()) for matrix in chunk[:count]]
         return cut + [array.slice(low, high - low) for array in chunk[count:]]
 
     def batch(self, pieces: list[list[Any]], strings: str, pin: bool) -> dict[str, Any]:
@@ -1001,10 +991,9 @@ class _RowLayout:
 class _WindowFeed(IterableDataset):
     """Decodes windows into a ring of buffers that all workers share.
 
-    Workers own whole blocks of a window, so no block is decoded twice, and write them
-    to their place in the window's buffer: numbers are never sent or copied. The rows
-    are put in order where the batches are cut, which is why batches do not depend on
-    the number of workers.
+    Workers own whole blocks of a window, so no block is decoded twice, and write each
+    row to its place in the order of the batches: numbers are never sent, and where
+    they go does not depend on the number of workers.
     """
 
     def __init__(
@@ -1034,94 +1023,94 @@ class _WindowFeed(IterableDataset):
             for _ in range(4 if workers else 2)
         ]
 
-    def plan(self) -> tuple[_EpochPlan, tuple[int, int, bool, int, int]]:
-        """Return the plan of the epoch and what its methods have to be told."""
-        epoch, position = self.cursor.tolist()
-        stream = self.stream
-        share = (self.batch_size, self.drop_last, stream.rank, stream.world_size)
-        return stream.plan(epoch), (position, *share)
-
     def __iter__(self) -> Iterator[Any]:
         """Yield what `windows` does, in a worker, without what lies in the ring."""
         worker = get_worker_info()
         pa = _import_data_package("pyarrow", "pyarrow")
         source, layout = self.stream.source, self.layout
-        for low, high, gaps, chunk in self.windows(worker.id, worker.num_workers):
+        windows = self.windows(worker.id, worker.num_workers)
+        for share, first, lost, _, others in windows:
             texts = None
             if layout.others:
-                arrays = chunk[len(layout.matrices) :]
-                batch = pa.record_batch(arrays, schema=layout.schema)
+                batch = pa.record_batch(others, schema=layout.schema)
                 texts = torch.frombuffer(batch.serialize(), dtype=torch.uint8)
             skipped, self.told = source.skipped[self.told :], len(source.skipped)
-            yield low, high, gaps, texts, skipped
+            if worker.id or not layout.others:
+                share = (None, *share[1:])  # the rows' order is wanted only once
+            yield first, share, lost, texts, skipped
 
     def receive(self, items: Iterator[Any], workers: int) -> Iterator[Any]:
         """Put together what all workers tell of each window, as `windows` has it."""
+        np = _import_data_package("numpy", "numpy")
         pa = _import_data_package("pyarrow", "pyarrow")
         schema = self.layout.schema
-        for number in itertools.count():
+        ring = [self.layout.view(memory, self.rows) for memory in self.ring]
+        for chunk in itertools.cycle(ring):
             told = list(itertools.islice(items, workers))
             if not told:
                 return
-            told.sort(key=lambda item: item[:2])
-            gaps = [gap for _, _, lost, _, _ in told for gap in lost]
-            chunk = self.layout.view(self.ring[number % len(self.ring)], self.rows)
-            if self.layout.others:
+            share = told[0][1]
+            told.sort(key=lambda item: item[0])
+            others: list[Any] = []
+            if schema:
                 buffers = [pa.py_buffer(item[3].numpy()) for item in told]
                 parts = [pa.ipc.read_record_batch(b, schema).columns for b in buffers]
-                chunk += [pa.concat_arrays(part) for part in zip(*parts, strict=True)]
+                others = [pa.concat_arrays(part) for part in zip(*parts, strict=True)]
             for item in told:
                 self.stream.source.skipped += item[4]
-            low = min((low for low, high, *_ in told if low < high), default=0)
-            yield low, max(item[1] for item in told), gaps, chunk
+            lost = np.concatenate([item[2] for item in told])
+            yield share, told[0][0], lost, chunk, others
 
-    def windows(
-        self, worker: int = 0, workers: int = 1
-    ) -> Iterator[tuple[int, int, Any, list[Any]]]:
-        """Yield (first row, last row, rows that were lost, chunk) of each window."""
-        plan, where = self.plan()
+    def windows(self, worker: int = 0, workers: int = 1) -> Iterator[Any]:
+        """Decode window after window, one ahead of what is used.
+
+        Yields:
+            ((rows in the order of the batches, how many go into each batch, whether
+            the last batch ends here), first row of `others`, places of rows that were
+            lost, matrices in the order of the batches, arrays in that of the blocks).
+        """
+        epoch, position = self.cursor.tolist()
+        stream = self.stream
+        shares = stream.plan(epoch).shares(
+            position, self.batch_size, self.drop_last, stream.rank, stream.world_size
+        )
         ring = [self.layout.view(memory, self.rows) for memory in self.ring]
-        spans = zip(itertools.cycle(ring), plan.spans(*where), strict=False)
+        todo = zip(shares, itertools.cycle(ring))
         readers: dict[int, _BlockReader | None] = {}
-        # While the caller orders and uses one window, the next is decoded: Arrow
-        # releases the GIL. Workers have their own core for it.
+        # Arrow releases the GIL. Workers have their own core for it.
         threads = 1 if workers > 1 else min(4, _usable_cpu_count())
         with ThreadPoolExecutor(threads) as pool:
             start = functools.partial(
-                self._start_window, pool, readers, worker, workers, spans
+                self._start_window, pool, readers, worker, workers
             )
-            ahead = start()
+            following = next(todo, None)
+            ahead = following and start(*following)
             while ahead:
-                low, high, chunk, parts = ahead
+                following = next(todo, None)  # before waiting: it has to be ordered
+                share, first, chunk, parts = ahead
                 done = [part.result() for part in parts]
-                ahead = start()
-                yield low, high, *self._finish_chunk(chunk, done)
+                ahead = following and start(*following)
+                yield share, first, *self._join(done, chunk)
 
     def _start_window(
-        self,
-        pool: Any,
-        readers: dict[int, Any],
-        worker: int,
-        workers: int,
-        spans: Iterator[Any],
+        self, pool: Any, readers: dict[int, Any], worker: int, workers: int, *todo: Any
     ) -> Any:
-        """Begin to decode a worker's blocks of the next window; None at the end."""
+        """Begin to decode a worker's blocks of a window."""
         np = _import_data_package("numpy", "numpy")
-        chunk, span = next(spans, (None, None))
-        if span is None:
-            return None
-        window, low, high = span
-        if window.rows > self.rows:
+        (window, rows, counts, whole), chunk = todo
+        if len(rows) > self.rows:
             raise DataError(
                 f"{len(window.blocks)} row groups or files of few rows come together "
                 f"with large ones: pass window_rows={2 * self.stream.window_rows}"
             )
+        where = np.full(window.rows, -1)
+        where[rows] = np.arange(len(rows))
         edges = np.append(0, np.cumsum(window.high - window.low))
-        # A rank reads no block that holds none of its rows.
-        first, last = np.searchsorted(edges, [low, high - 1], "right") - [1, 0]
-        if high <= low:
-            first = last = 0
-        elif workers > 1:
+        first = last = 0
+        if len(rows):  # a rank reads no block that holds none of its rows
+            ends = [rows.min(), rows.max()]
+            first, last = np.searchsorted(edges, ends, "right") - [1, 0]
+        if workers > 1 and first < last:
             size = self.stream.source.block_rows[window.blocks[first:last]]
             middle = (np.cumsum(size) - size / 2) / size.sum()
             # Workers take turns in owning the first blocks of a group.
@@ -1130,31 +1119,40 @@ class _WindowFeed(IterableDataset):
             first, last = first + mine[0], first + mine[1]
         for block in [b for b in readers if b not in window.blocks]:
             del readers[block]
-        parts = []
-        for i in range(first, last):
-            part = int(window.blocks[i]), int(window.low[i]), int(window.high[i])
-            job = functools.partial(self._read_part, readers, chunk, int(edges[i]))
-            parts.append(pool.submit(job, *part))
-        return int(edges[first]), int(edges[last]), list(chunk), parts
+        parts = [
+            pool.submit(
+                self._read_part,
+                readers,
+                chunk,
+                where[edges[i] : edges[i + 1]],
+                int(window.blocks[i]),
+                int(window.low[i]),
+                int(window.high[i]),
+            )
+            for i in range(first, last)
+        ]
+        begin = int(edges[first]) if parts else window.rows
+        return (rows, counts, whole), begin, chunk, parts
 
     def _read_part(
         self,
         readers: dict[int, Any],
         chunk: list[Any],
-        row: int,
+        where: Any,
         block: int,
         low: int,
         high: int,
     ) -> tuple[list[list[Any]], Any]:
-        """Decode a block's rows low to high, which lie at `row` of the window.
+        """Decode a block's rows low to high, which go to `where` in the chunk.
 
         Returns:
-            (the arrays of the columns that are in no matrix, rows that were lost).
+            (the arrays of the columns that are in no matrix, places that were lost).
         """
+        np = _import_data_package("numpy", "numpy")
         pa = _import_data_package("pyarrow", "pyarrow")
         source, layout = self.stream.source, self.layout
         others: list[list[Any]] = [[] for _ in layout.others]
-        at = row
+        at = 0
         try:
             if block not in readers:
                 ahead = max(1024, min(high - low, 1 << 16))
@@ -1162,8 +1160,9 @@ class _WindowFeed(IterableDataset):
             reader = readers[block]
             if reader is None:
                 raise DataError("was skipped before")
-            for _, arrays in reader.read(low, high) if low < high else ():
-                at = layout.fill(chunk, at, arrays)
+            for rows, arrays in reader.read(low, high) if low < high else ():
+                layout.place(chunk, arrays, where[at : at + rows])
+                at += rows
                 for values, i in zip(others, layout.others, strict=True):
                     values.append(arrays[i])
             if high == source.block_rows[block]:
@@ -1175,28 +1174,34 @@ class _WindowFeed(IterableDataset):
                 source.skipped.append(str(error))
             readers[block] = None
             lost = [[pa.nulls(high - low, kind)] for kind in layout.schema.types]
-            return lost, (row, row + high - low)
-        return others, None
+            return lost, where[where >= 0]
+        return others, np.empty(0, dtype=np.int64)
 
-    def _finish_chunk(self, chunk: list[Any], done: list[Any]) -> tuple[Any, list[Any]]:
-        """Return the rows of a chunk that were lost, and the whole chunk."""
+    def _join(self, done: list[Any], chunk: list[Any]) -> tuple[Any, list[Any], Any]:
+        """Return the places that were lost, the chunk, and the other columns."""
+        np = _import_data_package("numpy", "numpy")
         pa = _import_data_package("pyarrow", "pyarrow")
+        joined = []
         for i, kind in enumerate(self.layout.schema.types):
             arrays = [array for others, _ in done for array in others[i]]
-            chunk.append(pa.concat_arrays(arrays) if arrays else pa.array([], kind))
-        return [gap for _, gap in done if gap], chunk
+            joined.append(pa.concat_arrays(arrays) if arrays else pa.array([], kind))
+        lost = [places for _, places in done]
+        return np.concatenate([np.empty(0, np.int64), *lost]), chunk, joined
 
-
-def _drop_lost_rows(
-    rows: Any, counts: list[int], gaps: list[tuple[int, int]]
-) -> tuple[Any, list[int]]:
-    """Leave out rows of a window that could not be read, and count again."""
-    np = _import_data_package("numpy", "numpy")
-    keep = np.ones(len(rows), dtype=bool)
-    for low, high in gaps:
-        keep &= (rows < low) | (rows >= high)
-    ends = np.append(0, np.cumsum(keep))
-    return rows[keep], np.diff(ends[np.append(0, np.cumsum(counts))]).tolist()
+    def ordered(self, windows: Iterator[Any]) -> Iterator[tuple[list[int], bool, Any]]:
+        """Yield (rows of each batch, whether the last ends here, chunk) of windows."""
+        np = _import_data_package("numpy", "numpy")
+        for (rows, counts, whole), first, lost, chunk, others in windows:
+            kept = np.arange(sum(counts))
+            if len(lost):
+                kept = np.delete(kept, lost)
+                counts = np.diff(
+                    np.searchsorted(kept, np.append(0, np.cumsum(counts)))
+                ).tolist()
+                chunk = [matrix[kept] for matrix in chunk]
+            if others:
+                chunk = chunk + self.layout.take(others, rows[kept] - first)
+            yield counts, whole, chunk
 
 
 def _cut_lines(
@@ -1446,14 +1451,13 @@ class _ColumnStream(IterableDataset):
         self._row_feed.cursor[0] = epoch
 
     def __iter__(self) -> Iterator[Any]:
-        worker = get_worker_info()
-        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
-        plan, where = self._row_feed.plan()
-        chunks = self._row_feed.windows(number, count)
-        for _, _, rows, counts, _ in plan.shares(*where):
-            low, high, gaps, chunk = next(chunks)
-            rows, _ = _drop_lost_rows(rows, counts, [*gaps, (-1, low), (high, 1 << 62)])
-            columns = self._row_feed.layout.gather(chunk, low, rows)
+        np = _import_data_package("numpy", "numpy")
+        worker, feed = get_worker_info(), self._row_feed
+        which = (worker.id, worker.num_workers) if worker else (0, 1)
+        for (rows, *_), first, lost, _, others in feed.windows(*which):
+            rows = np.delete(rows, lost) - first
+            mine = rows[(rows >= 0) & (rows < len(others[0]))]
+            columns = feed.layout.take(others, mine)
             yield from self._iterate_rows([_list_values(c) for c in columns])
 
     def _iterate_rows(self, columns: list[list[Any]]) -> Iterator[Any]:
@@ -1783,17 +1787,11 @@ class StreamBatchLoader:
     def _cut_windows(self, base: int) -> Generator[list[list[Any]], None, None]:
         """Yield the pieces of each batch of an epoch, from position `base` on."""
         self.feed.cursor[0], self.feed.cursor[1] = self.epoch, base
-        plan, where = self.feed.plan()
+        windows = self.feed.windows()
         if self.decoders:
-            decoded = self.feed.receive(_break_cycles(self._workers), self.decoders)
-        else:
-            decoded = self.feed.windows()
+            windows = self.feed.receive(_break_cycles(self._workers), self.decoders)
         pending: list[list[Any]] = []
-        for _, _, rows, counts, whole in plan.shares(*where):
-            low, _, gaps, chunk = next(decoded)
-            if gaps:
-                rows, counts = _drop_lost_rows(rows, counts, gaps)
-            chunk = self.layout.gather(chunk, low, rows)
+        for counts, whole, chunk in self.feed.ordered(windows):
             at = 0
             for b, count in enumerate(counts):
                 if count or not pending:

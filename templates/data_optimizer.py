@@ -1870,8 +1870,8 @@ def _decode_image_rgb(path: str | Path, size: tuple[int, int] | None = None) -> 
     """Read an image file as an upright 8-bit RGB Pillow image, whatever its mode.
 
     Args:
-        size: (height, width) to scale to. JPEG files are then decoded at the smallest
-            of 1/1, 1/2, 1/4, 1/8 that is not below it.
+        size: (height, width) that it will be scaled to. JPEG files are then decoded at
+            the smallest of 1/1, 1/2, 1/4, 1/8 that is not below it.
     """
     pil_image = _import_data_package("PIL.Image", "pillow")
     pil_ops = _import_data_package("PIL.ImageOps", "pillow")
@@ -1890,10 +1890,26 @@ def _decode_image_rgb(path: str | Path, size: tuple[int, int] | None = None) -> 
             # What is transparent may hold any colour: show it on white.
             white = pil_image.new("RGBA", image.size, "white")
             image = pil_image.alpha_composite(white, image)
-        image = image.convert("RGB")
-        if size is not None:
-            image = image.resize(size[::-1], pil_image.Resampling.BILINEAR)
-        return image
+        return image.convert("RGB")
+
+
+def _resize_to_tensor(image: Any, size: tuple[int, int]) -> torch.Tensor:
+    """Scale an RGB Pillow image to a uint8 tensor (3, height, width).
+
+    torch's antialiased scaling is off by at most 1 from Pillow's bilinear one, in a
+    third of the time. The pixels are borrowed where Pillow and pyarrow can do that.
+    """
+    try:
+        pixels = importlib.import_module("pyarrow").array(image)
+        pixels_HWC = torch.from_dlpack(pixels.flatten()).view(*image.size[::-1], 4)
+    except (ImportError, TypeError, ValueError):
+        # No pyarrow, a Pillow before 11.3, or an image too large for one block.
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        pixels_HWC = pixels.view(*image.size[::-1], 3)
+    scaled_1CHW = torch.nn.functional.interpolate(
+        pixels_HWC.permute(2, 0, 1)[None], size, mode="bilinear", antialias=True
+    )
+    return scaled_1CHW[0, :3]
 
 
 def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:
@@ -1980,6 +1996,11 @@ class LazyImageDataset(Dataset):
         path = self.paths[idx]
         try:
             image = _decode_image_rgb(path, self.size)
+            if self.size is not None:
+                if self.transform:
+                    image = image.resize(self.size[::-1], 2)  # 2: bilinear
+                else:
+                    image = _resize_to_tensor(image, self.size)
         except Exception as error:  # Pillow's plugins raise nearly anything
             message = f"cannot read image {path}: {error}"
             if isinstance(error, ImportError) or self.on_error == "raise":
@@ -1992,10 +2013,6 @@ class LazyImageDataset(Dataset):
             return None
         if self.transform:
             image = self.transform(image)
-        elif self.size is not None:
-            # Stored as height, width, channel: no copy, and fast to put in a batch.
-            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-            image = pixels.view(*self.size, 3).permute(2, 0, 1)
         if self.augment:
             generator = sample_generator(self.seed, int(self._epoch), idx)
             image = self.augment(image, generator)

@@ -52,7 +52,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-_LINE_BLOCK_BYTES = 1 << 20  # CSV and JSONL are read in pieces of about this size
+_LINE_BLOCK_BYTES = 1 << 21  # CSV and JSONL are read in pieces of about this size
 
 
 class DataError(ValueError):
@@ -341,10 +341,12 @@ class _BlockSource(abc.ABC):
         block_file: (blocks,) number of its file in `files`.
         types: column name -> Arrow type of the file (or as column_types asks).
         row_bytes: rough size of a row, to bound windows by memory.
+        together: how many large blocks to read side by side.
         skipped: what could not be read, file and cause.
     """
 
     typed = True  # every file says which types its columns have
+    together = 8
 
     def __init__(
         self,
@@ -480,6 +482,11 @@ class _ParquetSource(_BlockSource):
             filters = pq.filters_to_expression(filters)
         self.filters = filters
         super().__init__(*args)
+        # Arrow holds a page of each column of each open row group, 1 MB by default:
+        # four row groups of 16 columns are 64 MB, and leave the cache alone as well.
+        chunk = self.row_bytes * int(self.block_rows.max(initial=0)) // len(self.types)
+        pages = len(self.types) * max(1, min(chunk, 1 << 20))
+        self.together = max(1, min(8, (72 << 20) // pages))
 
     def _hive_values(self, file: str) -> dict[str, Any]:
         """Return the `key=value` folders below the path that the user gave."""
@@ -514,7 +521,16 @@ class _ParquetSource(_BlockSource):
         rows = [group.num_rows for group in groups]
         if self.filters is not None:
             rows = self._count_filtered(file, schema, rows)
-        return schema, rows, keys, sum(group.total_byte_size for group in groups)
+        size = sum(group.total_byte_size for group in groups)
+        if self.wanted is not None and groups:  # the share of the columns asked for
+            columns = [groups[0].column(c) for c in range(groups[0].num_columns)]
+            sizes = [
+                (column.path_in_schema.split(".")[0], column.total_uncompressed_size)
+                for column in columns
+            ]
+            read = sum(part for name, part in sizes if name in self.wanted)
+            size = size * read // max(1, sum(part for _, part in sizes))
+        return schema, rows, keys, size
 
     def _count_filtered(self, file: str, schema: Any, rows: list[int]) -> list[int]:
         """Count what passes the filter; statistics rule row groups out unread."""
@@ -641,7 +657,7 @@ class _StreamWindow:
 class _EpochPlan:
     """The order of one epoch, computed from row counts alone; nothing is read.
 
-    Blocks are permuted and put into groups of about 8 large or many small ones. The
+    Blocks are permuted and put into groups, of `together` large or many small ones. The
     blocks of a group are read side by side: each of its windows holds the same
     fraction of every block, and the rows of a window are permuted. So a batch mixes
     rows of all blocks of a group, memory is bounded by a window, and any position
@@ -649,7 +665,13 @@ class _EpochPlan:
     """
 
     def __init__(
-        self, block_rows: Any, window_rows: int, seed: int, epoch: int, shuffle: bool
+        self,
+        block_rows: Any,
+        window_rows: int,
+        seed: int,
+        epoch: int,
+        shuffle: bool,
+        together: int = 8,
     ):
         np = self.np = _import_data_package("numpy", "numpy")
         self.name, self.shuffle = f"{seed}/{epoch}", shuffle
@@ -664,7 +686,8 @@ class _EpochPlan:
         # skip up to there, so groups of huge blocks are bounded too.
         reach = window_rows
         if shuffle and self.total:
-            reach = max(reach, min(8 * int(rows.mean()), 128 * window_rows))
+            mixed = min(together * int(rows.mean()), 128 * window_rows)
+            reach = max(reach, mixed)
         groups = max(1, -(-self.total // reach))
         _, first = np.unique(start * groups // max(1, self.total), return_index=True)
         self.blocks, self.first = blocks, np.append(first, len(blocks))
@@ -1238,6 +1261,41 @@ def _cut_lines(
         rest = block[cut:]
 
 
+def _scan_lines(
+    piece: bytes, lead: int, quote: int | None
+) -> tuple[list[int], list[int], int]:
+    """Find the rows of a piece of a file, whether or not it begins inside of quotes.
+
+    Args:
+        piece: begins with `lead` bytes of the piece before.
+
+    Returns:
+        for a piece that begins outside of quotes, and for one that begins inside: the
+        rows that end in it (blank lines do not count) and where the last of them ends
+        (-1: nowhere); and whether the number of quotes is odd.
+    """
+    np = _import_data_package("numpy", "numpy")
+    letters = np.frombuffer(piece, np.uint8)
+    is_mark = letters == 10
+    if quote is not None:  # a newline after an odd number of quotes is text
+        np.logical_or(is_mark, letters == quote, out=is_mark)
+    marks = np.flatnonzero(is_mark[lead:]) + lead
+    is_quote = letters[marks] != 10
+    inside = np.cumsum(is_quote, dtype=np.int32) & 1
+    ends, inside_ends = marks[~is_quote], inside[~is_quote]
+    # Blank: right after another newline, with or without a carriage return.
+    padded = np.append(np.full(2, 10, np.uint8), letters)  # a file begins a line
+    before = padded[ends + 1]
+    blank = (before == 10) | ((before == 13) & (padded[ends] == 10))
+    rows, stops = [], []
+    for state in (0, 1):
+        is_end = inside_ends == state
+        rows.append(int(np.count_nonzero(is_end & ~blank)))
+        last = ends[is_end][-1:]
+        stops.append(int(last[0]) + 1 - lead if len(last) else -1)
+    return rows, stops, int(np.count_nonzero(is_quote)) & 1
+
+
 class _LineSource(_BlockSource):
     """CSV and JSONL files as blocks of whole rows, found by one pass over the bytes.
 
@@ -1279,21 +1337,62 @@ class _LineSource(_BlockSource):
             code = None if quote is None else ord(quote)
             yield from _cut_lines(stream, _LINE_BLOCK_BYTES, code)
 
+    def _scan_file(self, file: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Cut a file into blocks of whole rows: rows, and (offset, bytes), of each."""
+        quote = None if self._is_json(file) or not self.quote_char else self.quote_char
+        size = self.filesystem.get_file_info(file).size
+        starts = range(0, size, _LINE_BLOCK_BYTES)
+        rows: list[int] = []
+        keys: list[tuple[int, int]] = []
+        begin, state = 0, 0
+
+        def scan(start: int) -> tuple[list[int], list[int], int]:
+            lead = min(2, start)
+            piece = opened.read_at(_LINE_BLOCK_BYTES + lead, start - lead)
+            return _scan_lines(piece, lead, quote and ord(quote))
+
+        with (
+            self.filesystem.open_input_file(file) as opened,
+            ThreadPoolExecutor(min(4, _usable_cpu_count())) as pool,
+        ):
+            for some in range(0, len(starts), 4096):  # a bounded number of futures
+                part = starts[some : some + 4096]
+                for start, (counts, stops, odd) in zip(
+                    part, pool.map(scan, part), strict=True
+                ):
+                    if stops[state] >= 0:
+                        end = start + stops[state]
+                        rows.append(counts[state])
+                        keys.append((begin, end - begin))
+                        begin = end
+                    state ^= odd
+            tail = opened.read_at(2, begin)
+        if begin < size:  # no newline at the end
+            rows.append(int(tail != b"\r"))
+            keys.append((begin, size - begin))
+        return rows, keys
+
     def _index_file(self, file: str) -> tuple[Any, list[int], list[Any], int]:
-        rows, keys, offset, schema = [], [], 0, None
+        if not self._is_whole(file):
+            rows, keys = self._scan_file(file)
+            if not keys:
+                raise DataError(f"{file} is empty: remove it, or pass on_error='skip'")
+            with self.filesystem.open_input_file(file) as opened:
+                schema = self._parse(file, opened.read_at(keys[0][1], 0), None).schema
+            rows[0] -= not self._is_json(file)
+            self.names[file] = schema.names
+            return schema, rows, keys, sum(length for _, length in keys)
+        rows, offset, schema = [], 0, None
         for data, count in self._cut_file(file):
             if schema is None:
                 schema = self._parse(file, data, None).schema
                 count -= not self._is_json(file)
             rows.append(count)
-            keys.append((offset, len(data)))
             offset += len(data)
         if schema is None:
             raise DataError(f"{file} is empty: remove it, or pass on_error='skip'")
         self.names[file] = schema.names
-        if self._is_whole(file):
-            return schema, [sum(rows)], [(0, -1)], offset
-        return schema, rows, keys, offset
+        return schema, [sum(rows)], [(0, -1)], offset
 
     def _parse(self, file: str, data: bytes, names: list[str] | None) -> Any:
         """Parse whole rows; `names` None: the first row of the file is among them."""
@@ -1313,6 +1412,8 @@ class _LineSource(_BlockSource):
             )
         pa_csv = _import_data_package("pyarrow.csv", "pyarrow")
         tabs = ".tsv" in Path(file).name
+        if not data.endswith(b"\n"):
+            data += b"\n"  # Arrow wants one after a header without rows
         return pa_csv.read_csv(
             pa.BufferReader(data),
             pa_csv.ReadOptions(
@@ -1442,8 +1543,14 @@ class _ColumnStream(IterableDataset):
 
     def plan(self, epoch: int) -> _EpochPlan:
         """Return the order of an epoch."""
+        source = self.source
         return _EpochPlan(
-            self.source.block_rows, self.window_rows, self.seed, epoch, self.shuffle
+            source.block_rows,
+            self.window_rows,
+            self.seed,
+            epoch,
+            self.shuffle,
+            source.together,
         )
 
     def set_epoch(self, epoch: int) -> None:

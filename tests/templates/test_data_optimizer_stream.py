@@ -1,5 +1,6 @@
 """templates/data_optimizer.py: columnar streams, their one order, and resume."""
 
+import csv
 import datetime
 import decimal
 import gzip
@@ -736,3 +737,21 @@ def test_an_epoch_left_early_does_not_leak_into_the_next(shards):
         loader.set_epoch(0)
         assert ids(loader) == whole
         loader.set_epoch(0)
+
+
+@pytest.mark.parametrize("block", [7, 64, 500])
+def test_cutting_lines_agrees_with_the_csv_module(tmp_path, monkeypatch, block):
+    monkeypatch.setattr("templates.data_optimizer._LINE_BLOCK_BYTES", block)
+    draw = random.Random(block)
+    path = tmp_path / "t.csv"
+    for turn in range(40):
+        cells = ["a", '"b\nc"', '"d""\r\n\n""e"', '"\n"', "f" * 30, '""']
+        rows = [f"{i},{draw.choice(cells)}" for i in range(draw.randrange(30))]
+        end = draw.choice(["\n", "\r\n", "\n\n", "\n\r\n"])
+        text = end.join(["id,text", *rows]) + draw.choice(["", end])
+        path.write_bytes(text.encode())
+        with open(path, newline="") as file:
+            wanted = [row[1] for row in csv.reader(file) if row][1:]
+        data = StreamingTextDataset(path)
+        assert data.rows == len(wanted), (turn, text)
+        assert list(data) == wanted

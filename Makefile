@@ -6,7 +6,7 @@ READY := .venv/.ready
 # Two OpenMP threads on a busy machine can be ten times slower than one.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all lint format bench bench-data clean
+.PHONY: demo test test-all lint format bench bench-data skill evals-check clean
 
 demo: $(READY)  ## generate a script and train with it on real data
 	$(BIN)/generate-script --amp --checkpointing -o demo/train.py --force
@@ -40,6 +40,12 @@ $(BENCH)/.ready: requirements/bench-data.txt
 	$(BENCH)/uv pip install -q --python $(BENCH)/python --no-deps \
 		torchdata==0.11.0 litdata==0.2.76 mosaicml-streaming==0.13.0
 	touch $@
+
+skill:  ## dist/pytorch-optimization.skill, and the same unpacked beside it
+	$(PYTHON) .ci/make_skill.py
+
+evals-check: $(READY)  ## verifiers fail on empty and wrong answers, pass on right ones
+	OMP_NUM_THREADS=1 $(BIN)/python evals/check.py
 
 clean:
 	rm -rf .venv .venv-bench demo build dist *.egg-info .pytest_cache .ruff_cache

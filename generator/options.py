@@ -109,14 +109,14 @@ TASKS = {
             legend="F features, C classes, D width",
             packages=("torch", "pyarrow", "scikit-learn"),
             own_packages=("torch", "pyarrow"),
-            epochs=20,
+            epochs=10,
             batch_size=64,
             learning_rate=1e-3,
         ),
         Task(
             name="embedding",
             subject="text embeddings",
-            builtin="docstrings of the standard library and what they belong to",
+            builtin="docstrings of the standard library, by function",
             own_data="a CSV, JSONL or Parquet file of pairs",
             example="--data faq.csv --query-column question --document-column answer",
             settings=(
@@ -128,7 +128,7 @@ TASKS = {
             legend="T tokens, D width",
             packages=("torch",),
             own_packages=("torch", "pyarrow"),
-            epochs=5,
+            epochs=3,
             batch_size=128,
             learning_rate=1e-3,
         ),
@@ -463,9 +463,11 @@ class Conflict:
     first: str
     second: str
     fix: str
+    third: str = ""  # only where this is asked for as well
 
     def __str__(self) -> str:
-        return f"{self.first} does not go with {self.second}: {self.fix}"
+        both = f"{self.second} and {self.third}" if self.third else self.second
+        return f"{self.first} does not go with {both}: {self.fix}"
 
 
 NOT_A_SCRIPT = (
@@ -501,6 +503,18 @@ CONFLICTS = (
         "a rank that fails inside FSDP's collectives cannot go back: use --distributed"
         "=ddp, or --checkpointing and --accumulate",
     ),
+    Conflict(
+        "--optimizer=adafactor",
+        "--distributed=fsdp",
+        "PyTorch's takes no sharded tensors: use adamw or muon",
+    ),
+    Conflict(
+        "--oom-recovery",
+        "--task=embedding",
+        "ranks exchange vectors within a step, so none can go back alone: use"
+        " --accumulate",
+        third="--distributed",
+    ),
     *(
         Conflict("--stream", f"--task={task}", "leave it out, it streams anyway")
         for task in ("image", "lm", "tabular")
@@ -534,7 +548,9 @@ REQUIREMENTS = (
 def find_conflicts(given: set[str]) -> list[str]:
     """What is wrong with the combination of the flags that were given."""
     return [
-        str(item) for item in CONFLICTS if item.first in given and item.second in given
+        str(item)
+        for item in CONFLICTS
+        if {item.first, item.second, item.third} <= given | {""}
     ] + [
         str(item)
         for item in REQUIREMENTS

@@ -25,7 +25,6 @@ MODULE_ORDER = (
     "builtin_models",
     "builtin_data",
     "language_data",
-    "tabular_data",
     "pretrained",
     "contrastive",
     "data_optimizer",
@@ -37,6 +36,7 @@ MODULE_ORDER = (
     "inference",
     "profiling",
     "loggers",
+    "script_checks",
 )
 
 LINE_LENGTH = 88

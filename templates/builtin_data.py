@@ -5,6 +5,7 @@ folder = write_digit_images(Path("digits"))
 """
 
 import ast
+import json
 import os
 import sysconfig
 from pathlib import Path
@@ -88,6 +89,21 @@ def stdlib_sources(packages: tuple[str, ...] = ("asyncio", "email")) -> list[Pat
     """The source files of some packages of the standard library, about 0.9 MB."""
     root = Path(sysconfig.get_path("stdlib"))
     return sorted(path for name in packages for path in (root / name).rglob("*.py"))
+
+
+def write_jsonl(path: Path, columns: dict[str, list[str]]) -> Path:
+    """Write texts as a JSONL file, a row a line; it appears in one step.
+
+    Returns:
+        `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        for row in zip(*columns.values(), strict=True):
+            file.write(json.dumps(dict(zip(columns, row, strict=True))) + "\n")
+    os.replace(partial, path)
+    return path
 
 
 def write_digit_images(folder: Path) -> Path:

@@ -12,7 +12,8 @@ Exact resume needs every part that holds state, and every random number generato
 
 The same while training goes on, blocked only while the state is copied:
 
-    with StateSaver(folder, parts) as saver:  # RankStateSaver with DDP
+    # RankStateSaver with DDP, ShardedStateSaver with FSDP2
+    with StateSaver(folder, parts) as saver:
         saver.resume(device)
         ...
         saver.save(run.step)
@@ -29,12 +30,13 @@ import math
 import os
 import pickle
 import random
+import shutil
 import sys
 import threading
 import types
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -179,8 +181,21 @@ def read_checkpoint_file(path: Path, device: torch.device | None = None) -> Any:
         raise DamagedCheckpointError(
             f"{path}: {damage}: use an older checkpoint or a copy of this one"
         )
+    return load_plain_values(path, device)
+
+
+def load_plain_values(
+    path: Path, device: torch.device | None = None, mmap: bool = False
+) -> Any:
+    """A checkpoint file's content, unchecked; runs no code from the file.
+
+    Args:
+        mmap: leave tensors in the file until they are read; for the CPU.
+    """
     try:
-        return torch.load(path, map_location=device or "cpu", weights_only=True)
+        return torch.load(
+            path, map_location=device or "cpu", weights_only=True, mmap=mmap
+        )
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: holds Python objects, which could run code, so they are not"
@@ -494,7 +509,7 @@ def read_newest_training_state(
     Raises:
         CheckpointError: all files are damaged, or the newest cannot be read.
     """
-    for leftover in folder.glob(".step-*.tmp"):  # of a process killed while saving
+    for leftover in folder.glob(".step-*.pt.*.tmp"):  # of a process killed while saving
         leftover.unlink(missing_ok=True)
     paths = list_training_states(folder)
     for path in reversed(paths):
@@ -823,14 +838,296 @@ class RankStateSaver(StateSaver):
             "rng": state["rng"],
             "parts": {name: state["parts"][name] for name in own},
         }
-        packed = io.BytesIO()
+        packed = io.BytesIO()  # tensors travel as torch.save writes them
         torch.save(mine, packed)
         ranks = [None] * dist.get_world_size() if is_writer else None
         dist.gather_object(packed.getvalue(), ranks)
         if is_writer:
-            ranks = [torch.load(io.BytesIO(p), weights_only=True) for p in ranks]
+            ranks = [torch.load(io.BytesIO(b), weights_only=True) for b in ranks]
             self._write(step, {**state, "ranks": ranks})
         return None
+
+
+def describe_shard(tensor: Any) -> dict[str, Any]:
+    """A sharded tensor (DTensor of FSDP2 or HSDP) as plain values: shape, place, shard.
+
+    Of ranks that hold the same shard only the first one's has the values.
+
+    Raises:
+        ValueError: it is sharded over another than the last dimension of its mesh.
+    """
+    *others, last = tensor.placements
+    if any(not p.is_replicate() for p in others) or last.is_partial():
+        raise ValueError(
+            f"a tensor with placements {tensor.placements} cannot be saved: only those"
+            " of FSDP2 (one mesh dimension) and HSDP (replicate, shard) can"
+        )
+    (chunk,) = tensor.__create_chunk_list__()
+    place = zip(tensor.device_mesh.get_coordinate(), tensor.placements, strict=True)
+    is_first = all(at == 0 for at, placement in place if placement.is_replicate())
+    return {
+        "shape": tuple(tensor.shape),
+        "dtype": tensor.dtype,
+        "dim": last.dim if last.is_shard() else None,
+        "offset": tuple(chunk.offsets),
+        "values": tensor.to_local() if is_first else None,
+    }
+
+
+def assemble_shard(pieces: list[dict[str, Any]], mesh: Any) -> torch.Tensor:
+    """This rank's shard of a tensor, from the shards that other ranks described."""
+    from torch.distributed.tensor import Replicate, Shard, empty
+
+    first = pieces[0]
+    placements = [Replicate()] * mesh.ndim
+    if first["dim"] is not None:
+        placements[-1] = Shard(first["dim"])
+    result = empty(
+        *first["shape"], dtype=first["dtype"], device_mesh=mesh, placements=placements
+    )
+    (chunk,) = result.__create_chunk_list__()
+    target = result.to_local()
+    for piece in pieces:
+        if piece["values"] is not None:
+            copy_overlap(target, chunk.offsets, piece["values"], piece["offset"])
+    return result
+
+
+def copy_overlap(
+    target: torch.Tensor,
+    target_offset: Sequence[int],
+    source: torch.Tensor,
+    source_offset: Sequence[int],
+) -> None:
+    """Copy what two boxes of one tensor have in common; offsets are their corners."""
+    inside_target, inside_source = [], []
+    for here, there, size, other_size in zip(
+        target_offset, source_offset, target.shape, source.shape, strict=True
+    ):
+        start, stop = max(here, there), min(here + size, there + other_size)
+        if start >= stop:
+            return
+        inside_target.append(slice(start - here, stop - here))
+        inside_source.append(slice(start - there, stop - there))
+    target[tuple(inside_target)].copy_(source[tuple(inside_source)])
+
+
+SHARD_LABEL = "sharded tensor"  # stands, with a number, where a sharded tensor was
+
+
+def put_shards_back(
+    value: Any, shards: Callable[[int], torch.Tensor], device: torch.device | None
+) -> Any:
+    """A loaded state with its sharded tensors in their places, the others on `device`.
+
+    Other tensors are copied: they are views of a file.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.to(device or "cpu", copy=True)
+    if isinstance(value, dict):
+        if value.keys() == {SHARD_LABEL}:
+            return shards(value[SHARD_LABEL])
+        for key in value:  # in place: an OrderedDict carries module versions
+            value[key] = put_shards_back(value[key], shards, device)
+        return value
+    if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+        return type(value)(put_shards_back(item, shards, device) for item in value)
+    return value
+
+
+def list_sharded_states(folder: Path) -> list[Path]:
+    """The folders of `ShardedStateSaver`, the oldest first."""
+    folders = (path for path in folder.glob("step-*") if path.is_dir())
+    return sorted(path for path in folders if path.suffix != ".damaged")
+
+
+def name_rank_files(count: int) -> list[str]:
+    """The files of a state that `count` ranks saved."""
+    return [f"rank-{rank:05d}-of-{count:05d}.pt" for rank in range(count)]
+
+
+def find_damaged_shard(folder: Path, rank: int, ranks: int) -> str | None:
+    """What is wrong with this rank's part of a saved state's files, None if nothing.
+
+    Each of `ranks` checks every `ranks`-th file, so that together they read it once.
+    """
+    names = sorted(path.name for path in folder.glob("rank-*-of-*.pt"))
+    expected = name_rank_files(int(names[0][-8:-3])) if names else ["rank-00000"]
+    if missing := sorted(set(expected) - set(names)):
+        return f"{folder}: lacks {missing[0]}"
+    for name in expected[rank::ranks]:
+        try:
+            damage = find_damage(folder / name)
+        except OSError as error:
+            damage = f"cannot be read ({error.strerror})"
+        if damage:
+            return f"{folder / name}: {damage}"
+    return None
+
+
+class ShardedStateSaver(StateSaver):
+    """`StateSaver` for sharded models and optimizers (FSDP2, HSDP).
+
+    Every rank calls every method, and makes one at the same place: it holds a group of
+    its own. Each rank copies its shards and writes them in the background to
+    `folder/step-00000120/rank-00000-of-00002.pt`; when all have, rank 0 renames the
+    folder, so that it is there whole or not at all. On resume all ranks check the
+    files together; rank 0 renames a damaged folder, and all take the one before it.
+
+    On as many ranks a run goes on to the bit; each rank gets back all of its own. On
+    another number, or with other replicas, weights and optimizer are equal, the random
+    numbers (dropout) are not; this is reported.
+
+    Why not the files of `torch.distributed.checkpoint`: their `.metadata` and whatever
+    is no tensor are pickles, which run code when loaded, and have no checksum; its
+    safetensors format holds tensors only. These are weights-only files with one.
+
+    Args:
+        folder: one that every rank sees.
+        parts, keep: as for `save_training_state`; one part is the sharded model.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        parts: Mapping[str, Any],
+        keep: int = 2,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        super().__init__(folder, parts, keep, report)
+        self._group = dist.new_group(backend="gloo")  # the writing thread's
+
+    def save(self, step: int) -> None:
+        """Copy this rank's shards, and write them while training goes on.
+
+        Raises:
+            CheckpointError: on every rank, the save before this one failed on some.
+            TypeError: a part's state holds an object that would not load safely.
+        """
+        run_on_all_ranks(self.wait)
+        shards: list[dict[str, Any]] = []
+
+        def convert(tensor: torch.Tensor) -> Any:
+            if not hasattr(tensor, "device_mesh"):
+                return tensor
+            shards.append(describe_shard(tensor))
+            return {SHARD_LABEL: len(shards) - 1}
+
+        state = to_loadable(capture_training_state(self.parts), convert)
+        state = self._buffers.copy_state({**state, "shards": shards})
+        self._start(lambda: self._write_shards(step, state))
+
+    def _write_shards(self, step: int, state: Any) -> None:
+        rank, names = dist.get_rank(), name_rank_files(dist.get_world_size())
+        temporary = self.folder / f".step-{step:08d}.tmp"
+        error = None
+        try:
+            for part in self.parts.values():
+                if rank == 0 and hasattr(part, "make_durable"):
+                    part.make_durable()
+            write_checkpoint_file(state, temporary / names[rank])
+        except Exception as failure:
+            error = failure
+        self._raise_together(error)
+        if rank == 0:
+            try:
+                self._publish(step, temporary, names)
+            except OSError as failure:
+                error = CheckpointError(f"{temporary}: cannot be renamed ({failure})")
+        self._raise_together(error)
+
+    def _raise_together(self, error: Exception | None) -> None:
+        failed = torch.tensor(int(error is not None))
+        dist.all_reduce(failed, dist.ReduceOp.MAX, group=self._group)
+        if error is not None:
+            raise error
+        if failed:
+            raise CheckpointError(
+                f"{self.folder}: another rank could not write its shards; what was"
+                " saved before is unchanged: see that rank's error"
+            )
+
+    def _publish(self, step: int, temporary: Path, names: list[str]) -> None:
+        for stray in temporary.iterdir():  # of a killed run with other ranks
+            if stray.name not in names:
+                stray.unlink()
+        path, number = self.folder / f"step-{step:08d}", 1
+        while path.exists():  # saved before at this step: that one stays, for now
+            number += 1
+            path = self.folder / f"step-{step:08d}-{number:02d}"
+        temporary.rename(path)
+        sync_folder(self.folder)
+        for old in list_sharded_states(self.folder)[: -self.keep]:
+            removed = old.rename(old.with_name(f".{old.name}.tmp"))  # or half of it
+            shutil.rmtree(removed, ignore_errors=True)
+
+    def resume(self, device: torch.device | None = None) -> Path | None:
+        """Load the newest whole folder, the same on every rank.
+
+        Raises:
+            CheckpointError: on every rank, if any cannot go on.
+        """
+        self.wait()
+        damage = None
+
+        def choose() -> str | None:
+            if damage:
+                broken = list_sharded_states(self.folder)[-1]
+                renamed = broken.rename(broken.with_name(broken.name + ".damaged"))
+                self.report(
+                    f"{damage}\nrenamed to {renamed.name}; going on with the one before"
+                )
+            for leftover in self.folder.glob(".step-*.tmp"):  # of a killed run
+                shutil.rmtree(leftover, ignore_errors=True)
+            paths = list_sharded_states(self.folder)
+            if damage and not paths:
+                raise CheckpointError(
+                    f"{self.folder}: every checkpoint in it is damaged: restore one"
+                    " from a backup, or start again in another folder"
+                )
+            return paths[-1].name if paths else None
+
+        while name := run_on_rank_zero(choose):
+            path = self.folder / name
+            findings: list[str | None] = [None] * dist.get_world_size()
+            finding = find_damaged_shard(path, dist.get_rank(), len(findings))
+            dist.all_gather_object(findings, finding)
+            damage = next(filter(None, findings), None)
+            if damage is None:
+                run_on_all_ranks(lambda path=path: self._load(path, device))
+                if dist.get_rank() == 0:
+                    self.report(f"going on from {path}")
+                return path
+        return None
+
+    def _load(self, path: Path, device: torch.device | None) -> None:
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        files = sorted(path.glob("rank-*-of-*.pt"))
+        # Mapped: of the other ranks' files only what this rank needs is read.
+        states = [load_plain_values(file, mmap=True) for file in files]
+        meshes = [
+            parameter.device_mesh
+            for part in self.parts.values()
+            if isinstance(part, nn.Module)
+            for parameter in part.parameters()
+            if hasattr(parameter, "device_mesh")
+        ]
+        if not meshes:
+            raise CheckpointError(f"{path}: none of the parts is a sharded model")
+
+        def make_shard(number: int) -> torch.Tensor:
+            return assemble_shard([s["shards"][number] for s in states], meshes[0])
+
+        own = states[rank if rank < len(states) else 0]
+        parts = put_shards_back(own["parts"], make_shard, device)
+        load_training_state(parts, self.parts, path)
+        if rank < len(states):
+            restore_rng_state(own["rng"])
+        if rank == 0 and len(states) != ranks:
+            self.report(
+                f"{path}: saved by {len(states)} rank(s), now {ranks}: weights and"
+                " optimizer are equal, random numbers (dropout) differ"
+            )
 
 
 def append_jsonl(path: Path, step: int, values: Mapping[str, Any]) -> None:

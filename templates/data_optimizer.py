@@ -27,6 +27,7 @@ import contextlib
 import copy
 import fnmatch
 import functools
+import glob
 import importlib
 import itertools
 import os
@@ -36,7 +37,14 @@ import signal
 import time
 import traceback
 import urllib.parse
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import (
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -158,7 +166,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
             few rows; `create_optimized_dataloader` makes an empty batch of that.
 
     Raises:
-        ValueError: if a rank would get no row of some batch, without `allow_empty`.
+        DataError: if a rank would get no row of some batch, without `allow_empty`.
     """
 
     def __init__(
@@ -184,7 +192,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
         steps = len(self)
         shortest = self._bound(steps) - self._bound(steps - 1) if steps else None
         if not allow_empty and shortest is not None and shortest < self.world_size:
-            raise ValueError(
+            raise DataError(
                 f"a batch of {shortest} rows ({length=}, {batch_size=}) leaves some of "
                 f"the {self.world_size} ranks without a row: use a batch_size of "
                 f"at least {2 * self.world_size}, drop_last=True or fewer ranks"
@@ -1970,6 +1978,215 @@ def split_label(
     return batch[features], labels.float()
 
 
+def number_columns(types: Mapping[str, Any], label: str) -> list[str]:
+    """The columns whose Arrow type is a number or boolean, without the label."""
+    from pyarrow.types import is_boolean, is_decimal, is_floating, is_integer
+
+    kinds = (is_boolean, is_decimal, is_floating, is_integer)
+    return [
+        name
+        for name, kind in types.items()
+        if name != label and any(is_kind(kind) for is_kind in kinds)
+    ]
+
+
+def is_fraction(kind: Any) -> bool:
+    """Whether an Arrow type holds numbers that need not be whole (None: no type)."""
+    from pyarrow.types import is_decimal, is_floating
+
+    return kind is not None and (is_floating(kind) or is_decimal(kind))
+
+
+def column_statistics(
+    batches: Iterable[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each column over all (B, F) batches, in fp32.
+
+    In one pass and fp64, by Chan's update: no difference of large sums. Missing values
+    (NaN) are left out; a column of nothing else has mean 0 and deviation 0.
+    """
+    count_F = mean_F = squares_F = torch.zeros((), dtype=torch.float64)
+    for x_BF in batches:
+        x_BF = x_BF.double()
+        there_F = (~x_BF.isnan()).sum(0)
+        batch_mean_F = x_BF.nanmean(0).nan_to_num()
+        batch_squares_F = (x_BF - batch_mean_F).square().nansum(0)
+        total_F = (count_F + there_F).clamp(min=1)
+        delta_F = batch_mean_F - mean_F
+        mean_F = mean_F + delta_F * there_F / total_F
+        squares_F = squares_F + batch_squares_F
+        squares_F = squares_F + delta_F.square() * count_F * there_F / total_F
+        count_F = count_F + there_F
+    return mean_F.float(), (squares_F / count_F.clamp(min=1)).sqrt().float()
+
+
+def measure_scales(
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]], regress: bool
+) -> dict[str, torch.Tensor]:
+    """Mean and deviation of each feature; in a regression, of the labels as well.
+
+    Args:
+        batches: features (B, F) and labels (B,).
+
+    Returns:
+        mean and std, (F,); output_mean and output_std, 0-dimensional.
+    """
+    if not regress:
+        mean_F, std_F = column_statistics(x_BF for x_BF, _ in batches)
+        return {"mean": mean_F, "std": std_F}
+    mean_F, std_F = column_statistics(
+        torch.cat((x_BF, y_B[:, None]), dim=1) for x_BF, y_B in batches
+    )
+    names = ("mean", "output_mean", "std", "output_std")
+    parts = (mean_F[:-1], mean_F[-1], std_F[:-1], std_F[-1])
+    return {name: part.clone() for name, part in zip(names, parts, strict=True)}
+
+
+def measure_table(
+    outputs: torch.Tensor, labels_B: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """For `evaluate_model`: how many classes are right, or the errors of a regression.
+
+    Args:
+        outputs: logits (B, C) for labels that are whole numbers, else values (B, 1).
+    """
+    if labels_B.is_floating_point():
+        return {"absolute_error": (outputs.squeeze(-1) - labels_B).abs().sum()}
+    return {"accuracy": (outputs.argmax(-1) == labels_B).sum()}
+
+
+MAX_TABLE_CLASSES = 1000  # of a label; with more values it is rather one to regress on
+ROWS_TO_SCALE_BY = 1_000_000  # that mean and deviation of columns are taken from
+
+
+def open_table(
+    path: str, label_column: str, objective: str, val_fraction: float, seed: int
+) -> tuple[StreamedRows, StreamedRows, dict[str, Any]]:
+    """Parquet rows to train and to validate on: a label, and all other numbers.
+
+    Args:
+        path: a file, a folder or a glob.
+        objective: "classify", "regress", or "auto": a label of fractions is regressed
+            on, one of whole numbers or text classified.
+
+    Returns:
+        Two data sets of (features (B, F), labels (B,)), and what a model has to know:
+        "features" (their names), "classes" (the values of the label, none in a
+        regression) and "scales" (`measure_scales` of the training rows).
+
+    Raises:
+        DataError: no column of numbers, a label with too many values, missing values.
+    """
+    types = StreamingParquetDataset(path, rank=0, world_size=1).source.types
+    features = number_columns(types, label_column)
+    if not features:
+        raise DataError(f"{path}: no column but {label_column} holds numbers")
+    kinds = dict.fromkeys(features, "float32")
+    regress = objective == "regress" or (
+        objective == "auto" and is_fraction(types.get(label_column))
+    )
+    if regress:
+        kinds[label_column] = "float32"
+
+    open_stream = functools.partial(
+        StreamingParquetDataset,
+        path,
+        [*features, label_column],
+        shuffle=True,
+        seed=seed,
+        column_types=kinds,
+    )
+    whole = open_stream(rank=0, world_size=1)  # so that all ranks scale alike
+    classes = []
+    if not regress:
+        classes, _ = number_classes(whole.unique(label_column, MAX_TABLE_CLASSES))
+    collate = functools.partial(
+        split_label, features="x", label_column=label_column, classes=classes
+    )
+
+    def split(stream: _ColumnStream) -> list[StreamedRows]:
+        parts = stream.split(val_fraction, seed)
+        return [StreamedRows(part, collate, {"x": features}) for part in parts]
+
+    batches = itertools.islice(split(whole)[0].load(8192), -(-ROWS_TO_SCALE_BY // 8192))
+    scales = measure_scales(batches, regress)
+    train_set, val_set = split(open_stream())
+    return (
+        train_set,
+        val_set,
+        {"features": features, "classes": classes, "scales": scales},
+    )
+
+
+def open_text_stream(data: str, columns: Sequence[str], seed: int) -> _ColumnStream:
+    """Rows of CSV, JSONL or Parquet files, of a folder or a glob, shuffled, as text."""
+    options = {"seed": seed, "column_types": dict.fromkeys(columns, "string")}
+    if data.endswith((".parquet", ".pq")):
+        return StreamingParquetDataset(data, list(columns), shuffle=True, **options)
+    first, *others = columns
+    return StreamingTextDataset(data, first, columns=others, shuffle=True, **options)
+
+
+TEXT_PIECE = 1 << 20  # characters of a text that are read and encoded at once
+
+
+def list_text_files(data: str) -> list[Path]:
+    """A file, the files in a folder and its subfolders, or those of a glob; sorted.
+
+    Hidden ones, whose own name or folder below `data` begins with a dot, are left out.
+
+    Raises:
+        DataError: there is none.
+    """
+    path = Path(data)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = sorted(path.rglob("*"))
+        hidden = {
+            p for p in found if any(n[0] == "." for n in p.relative_to(path).parts)
+        }
+        files = [p for p in found if p.is_file() and p not in hidden]
+    else:
+        names = sorted(glob.glob(data, recursive=True))
+        files = [Path(name) for name in names if os.path.isfile(name)]
+    if not files:
+        raise DataError(f"{data}: no such file: give a text file, a folder or a glob")
+    return files
+
+
+def read_text_files(paths: Iterable[Path]) -> Iterator[tuple[str, bool]]:
+    """Each file in pieces of at most a million characters, and whether it ends there.
+
+    Pieces end with a line where they can. Bytes that are not UTF-8 become U+FFFD.
+    """
+    for path in paths:
+        with open(path, encoding="utf-8", errors="replace", newline="") as file:
+            piece = file.read(TEXT_PIECE)
+            while following := file.read(TEXT_PIECE):
+                cut = piece.rfind("\n") + 1 or len(piece)
+                yield piece[:cut], False
+                piece = piece[cut:] + following
+            yield piece, True
+
+
+def read_texts(paths: list[Path], text_column: str) -> Iterator[tuple[str, bool]]:
+    """Texts of files, or parts of one, and whether it ends there.
+
+    Args:
+        paths: all plain text, or all Parquet, CSV or JSONL.
+        text_column: to read from files that have columns.
+    """
+    options = {"rank": 0, "world_size": 1, "column_types": {text_column: "string"}}
+    if paths[0].suffix in (".parquet", ".pq"):
+        rows = StreamingParquetDataset(paths, [text_column], **options)
+        return ((row[text_column] or "", True) for row in rows)
+    if paths[0].suffix in (".jsonl", ".ndjson", ".csv"):
+        rows = StreamingTextDataset(paths, text_column, **options)
+        return ((text or "", True) for text in rows)
+    return read_text_files(paths)
+
+
 # --- Images
 
 
@@ -2367,7 +2584,15 @@ def make_loaders(
         batch_size: samples of a global batch, over all ranks together.
         num_workers: None chooses from the CPUs that this process may use.
         collate_fn: a list of samples -> (inputs, targets).
+
+    Raises:
+        DataError: there is nothing to train or to validate on.
     """
+    if not len(train_set) or not len(val_set):
+        raise DataError(
+            f"{len(train_set)} samples to train on and {len(val_set)} to validate on:"
+            " give more data or another val_fraction"
+        )
     loaders = []
     for samples, shuffle in ((train_set, True), (val_set, False)):
         if hasattr(samples, "load"):

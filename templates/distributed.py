@@ -185,6 +185,17 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
+class _AllParameters(nn.Module):
+    """Give every parameter a gradient of zeros; stands in for a model once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+
+    def forward(self) -> torch.Tensor:
+        return torch.stack([(p.sum() * 0).float() for p in self.trained]).sum()
+
+
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     """Let backward average the gradients over the ranks, and forward rank 0's buffers.
 
@@ -196,16 +207,25 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     Blocks checkpointed with `use_reentrant=False` and models compiled in place
     before are fine.
 
+    DDP orders its buckets anew after the first step, and with three or more ranks the
+    order decides how sums are rounded: a resumed run would differ in the last bits. So
+    the order is fixed here, by a first step whose gradients are all zeros.
+
     Args:
         model: on its device, its blocks checkpointed and compiled already.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return model
-    return nn.parallel.DistributedDataParallel(
+    wrapped = nn.parallel.DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,  # or every gradient is in memory twice
     )
+    wrapped.module = _AllParameters(model)
+    wrapped().backward()
+    wrapped.module = model
+    model.zero_grad(set_to_none=True)
+    return wrapped
 
 
 def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
@@ -367,7 +387,9 @@ def shard_model(
     runs. Build the optimizer afterwards. Outside torchrun this process makes a group of
     one, so that the script runs unchanged.
 
-    With fp16 use a GradScaler: its check for overflow covers all shards.
+    Forward gathers weights: every rank has to run it equally often, in evaluation too.
+    With fp16 use a GradScaler: its check for overflow covers all shards. Of torch's
+    optimizers (2.13) AdamW, SGD (not fused) and Muon take sharded weights.
 
     Args:
         model: changed in place, on `device`; its blocks checkpointed before, compiled
@@ -410,7 +432,14 @@ def shard_model(
     for block in blocks:
         if not any(id(parameter) in tied for parameter in block.parameters()):
             fully_shard(block, mesh=mesh, mp_policy=block_policy)
-    return fully_shard(model, mesh=mesh, mp_policy=root_policy)
+    fully_shard(model, mesh=mesh, mp_policy=root_policy)
+    # Whole weights are made once here: if an evaluation under inference_mode made them
+    # (after a resume), training could not write to them.
+    for module in model.modules():
+        if hasattr(module, "unshard"):
+            module.unshard()
+            module.reshard()
+    return model
 
 
 def print_once(*values: Any, **options: Any) -> None:

@@ -14,6 +14,7 @@ Mixed precision comes from outside: wrap the call in `torch.autocast`.
 
 import contextlib
 import csv
+import ctypes
 import inspect
 import itertools
 import json
@@ -397,6 +398,46 @@ def _text_rows(path: str, column: str) -> Iterator[str | None]:
             yield line.rstrip("\n")
 
 
+def stream_features(
+    path: str, columns: Sequence[str], batch_size: int
+) -> Iterator[torch.Tensor]:
+    """Yield columns of numbers of a Parquet file as float32, (batch_size, columns).
+
+    A missing value is NaN. Only a part of the file is in memory at a time.
+
+    Raises:
+        PredictionError: The file is missing or damaged, it lacks a column, or one holds
+            other things than numbers.
+        ImportError: pyarrow is missing.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError(f"{path} needs pyarrow: pip install pyarrow") from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if missing := [name for name in columns if name not in names]:
+                raise PredictionError(
+                    f"{path}: has no column {', '.join(missing[:5])}, which the model "
+                    f"was trained with; it has {', '.join(names[:20])}"
+                )
+            for batch in file.iter_batches(batch_size, columns=list(columns)):
+                rows = [batch.column(name).cast("float32") for name in columns]
+                yield torch.stack(
+                    [torch.tensor(row.to_numpy(zero_copy_only=False)) for row in rows],
+                    dim=1,
+                )
+    except FileNotFoundError:
+        raise PredictionError(f"{path}: no such file: check the path") from None
+    except PredictionError:
+        raise
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise PredictionError(f"{path}: cannot be read: {reason}: mend it") from error
+
+
 def predict_in_order(
     samples: Iterable[Any],
     predict_batches: Callable[[Iterator[list[Any]]], Iterable[Sequence[Any]]],
@@ -465,6 +506,96 @@ def write_predictions(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
             file.write(json.dumps(record) + "\n")
             count += 1
     return count
+
+
+def _npy_header(rows: int, width: int) -> bytes:
+    """The first 128 bytes of a NumPy file of float32, see numpy.lib.format."""
+    shape = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {width}), }}"
+    return b"\x93NUMPY\x01\x00v\x00" + shape.ljust(117).encode() + b"\n"
+
+
+def _safetensors_header(rows: int, width: int) -> bytes:
+    """The first 256 bytes of a safetensors file whose one tensor is `vectors`."""
+    tensor = {
+        "dtype": "F32",
+        "shape": [rows, width],
+        "data_offsets": [0, 4 * rows * width],
+    }
+    text = json.dumps({"vectors": tensor}).ljust(248).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_vectors(path: Path, vectors: Iterable[torch.Tensor]) -> int:
+    """Write vectors, as they come, as the rows of one array; return how many.
+
+    Args:
+        path: Ends with .npy, or with .safetensors, where the tensor is `vectors`.
+        vectors: Of shape (D,), on the CPU; written as float32.
+
+    Raises:
+        PredictionError: The disk refused.
+        ValueError: There are no vectors, or they are not of one length.
+    """
+    header = _npy_header if path.suffix == ".npy" else _safetensors_header
+    rows, width = 0, 0
+    with _appear_complete(path) as temporary, open(temporary, "wb") as file:
+        file.write(header(0, 0))
+        for vector in vectors:
+            vector = vector.float().contiguous()
+            if rows and len(vector) != width:
+                raise ValueError(f"vector {rows} has length {len(vector)}, not {width}")
+            rows, width = rows + 1, len(vector)
+            file.write(ctypes.string_at(vector.data_ptr(), 4 * width))
+        if not rows:
+            raise ValueError(f"{path}: no vectors to write: is the input empty?")
+        file.seek(0)
+        file.write(header(rows, width))
+    return rows
+
+
+@torch.inference_mode()
+def generate_tokens(
+    model: nn.Module,
+    tokens_T: torch.Tensor,
+    count: int,
+    vocab_size: int,
+    context: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    generator: torch.Generator | None = None,
+    end: int | None = None,
+) -> Iterator[int]:
+    """Yield the tokens with which a causal language model goes on, one by one.
+
+    Each step runs the model over the whole context again: no cache that a model would
+    have to provide.
+
+    Args:
+        model: Tokens (1, T) to logits (1, T, V).
+        tokens_T: The prompt, at least one token, on the model's device.
+        count: Tokens at most.
+        vocab_size: Logits after these are padding.
+        context: How many of the last tokens the model sees, as in training.
+        temperature: 0 takes the likeliest token; higher is more surprising.
+        top_k: Draw from the k likeliest tokens only; 0 draws from all.
+        generator: For drawing, on the CPU.
+        end: The token after which nothing comes; it is not yielded.
+    """
+    tokens_T = tokens_T[-context:]
+    for _ in range(count):
+        logits_V = model(tokens_T[None])[0, -1, :vocab_size].float().cpu()
+        if temperature == 0:
+            token = int(logits_V.argmax())
+        else:
+            if 0 < top_k < len(logits_V):
+                lowest = logits_V.topk(top_k).values[-1]
+                logits_V = logits_V.masked_fill(logits_V < lowest, -torch.inf)
+            shares_V = (logits_V / temperature).softmax(-1)
+            token = int(torch.multinomial(shares_V, 1, generator=generator))
+        if token == end:
+            return
+        yield token
+        tokens_T = torch.cat([tokens_T, tokens_T.new_tensor([token])])[-context:]
 
 
 def _to_json_value(value: Any) -> Any:

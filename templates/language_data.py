@@ -9,8 +9,8 @@ The file is written once, in bounded memory, and again when the sources change; 
 needs no memory either, in any number of workers.
 """
 
-import glob
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -20,15 +20,13 @@ import tempfile
 import zlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-
-_TEXT_PIECE = 1 << 20  # characters of a text that are read and encoded at once
 
 
 def hash_words(texts: Sequence[str], vocab_size: int, max_tokens: int) -> torch.Tensor:
@@ -43,40 +41,6 @@ def hash_words(texts: Sequence[str], vocab_size: int, max_tokens: int) -> torch.
         ids = [2 + zlib.crc32(word.encode()) % (vocab_size - 2) for word in words]
         rows.append(torch.tensor(ids or [1]))
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
-
-
-def list_text_files(data: str) -> list[Path]:
-    """A file, the files in a folder and its subfolders, or those of a glob; sorted.
-
-    Hidden ones, whose own name or folder below `data` begins with a dot, are left out.
-    """
-    path = Path(data)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = sorted(path.rglob("*"))
-        hidden = {
-            p for p in found if any(n[0] == "." for n in p.relative_to(path).parts)
-        }
-        return [p for p in found if p.is_file() and p not in hidden]
-    return [
-        Path(p) for p in sorted(glob.glob(data, recursive=True)) if os.path.isfile(p)
-    ]
-
-
-def read_text_files(paths: Iterable[Path]) -> Iterator[tuple[str, bool]]:
-    """Each file in pieces of at most a million characters, and whether it ends there.
-
-    Pieces end with a line where they can. Bytes that are not UTF-8 become U+FFFD.
-    """
-    for path in paths:
-        with open(path, encoding="utf-8", errors="replace", newline="") as file:
-            piece = file.read(_TEXT_PIECE)
-            while following := file.read(_TEXT_PIECE):
-                cut = piece.rfind("\n") + 1 or len(piece)
-                yield piece[:cut], False
-                piece = piece[cut:] + following
-            yield piece, True
 
 
 def write_tokens(
@@ -94,7 +58,8 @@ def write_tokens(
         folder: the tokens go into a subfolder of it, named by a digest of the rest.
         pieces: texts or parts of one, with whether it ends there; not touched when
             the tokens are there. A text without tokens is left out.
-        encode: gives token ids below `vocab_size`.
+        encode: gives token ids below `vocab_size`; other source code of it makes
+            other tokens.
         end_token: is put after each text.
         paths: the sources; path, size or time of change make other tokens.
         settings: what else does, such as the tokenizer's name; anything for JSON.
@@ -105,7 +70,11 @@ def write_tokens(
     """
     stats = [(str(path), path.stat()) for path in paths]
     source = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-    key = json.dumps([source, end_token, vocab_size, settings]).encode()
+    try:
+        code = inspect.getsource(encode)
+    except (OSError, TypeError):  # built in, or typed into an interpreter
+        code = getattr(encode, "__qualname__", "")
+    key = json.dumps([source, code, end_token, vocab_size, settings]).encode()
     target = Path(folder) / hashlib.sha256(key).hexdigest()[:16]
     if (target / "meta.json").exists():
         return target

@@ -44,6 +44,11 @@ def _has_fused_kernels(groups: Iterable[dict[str, Any]]) -> bool:
     )
 
 
+def _has_shards(groups: Iterable[dict[str, Any]]) -> bool:
+    """Whether FSDP2 (or another DTensor) shards a parameter."""
+    return any(hasattr(p, "device_mesh") for group in groups for p in group["params"])
+
+
 def build_adamw(
     model: nn.Module, learning_rate: float, weight_decay: float
 ) -> torch.optim.AdamW:
@@ -72,7 +77,7 @@ def build_sgd(
     weight_decay: float,
     momentum: float = 0.9,
 ) -> torch.optim.SGD:
-    """SGD with Nesterov momentum, fused where the device has it.
+    """SGD with Nesterov momentum, fused where the device has it (not with FSDP2).
 
     Args:
         model: on its device already.
@@ -89,7 +94,7 @@ def build_sgd(
         lr=learning_rate,
         momentum=momentum,
         nesterov=momentum > 0,
-        fused=_has_fused_kernels(groups) or None,
+        fused=(_has_fused_kernels(groups) and not _has_shards(groups)) or None,
     )
 
 
@@ -102,14 +107,22 @@ def build_adafactor(
     momentum, and reads two norms of each parameter a step, for which a GPU is waited.
 
     Args:
-        model: any.
+        model: not sharded by FSDP2, whose tensors torch.optim.Adafactor cannot step.
         learning_rate: relative to each parameter's root mean square, so 1e-2 (from
             scratch) to 1e-3 (fine-tuning) where AdamW takes 1e-3 to 1e-5. At step t it
             is at most 1/sqrt(t) as in the paper, under any schedule: 1e-2 is cut after
             10,000 steps, 1e-3 never in practice.
         weight_decay: times the learning rate, as in AdamW.
+
+    Raises:
+        ValueError: the parameters are sharded.
     """
     groups = parameter_groups(model, weight_decay)
+    if _has_shards(groups):
+        raise ValueError(
+            "torch.optim.Adafactor cannot step parameters that FSDP2 has sharded (it "
+            "fails on their norms): use build_adamw, or DDP instead of FSDP2"
+        )
     return torch.optim.Adafactor(groups, lr=learning_rate)
 
 
@@ -233,7 +246,8 @@ def build_muon(
     (https://kellerjordan.github.io/posts/muon). Its update is scaled to the size of
     AdamW's (0.2 sqrt(max(rows, columns)), arXiv:2502.16982), so both share one rate.
     `find_hidden_matrices` says what Muon gets. Convolutions go to AdamW:
-    torch.optim.Muon takes matrices only.
+    torch.optim.Muon takes matrices only. With FSDP2 it gathers pieces of each matrix
+    several times a step, and rounds otherwise (bf16) than in one process.
 
     Args:
         model: on its device already.

@@ -22,6 +22,7 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -41,6 +42,9 @@ KEPT_CHECKPOINT_OPS = (
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 )
+
+# Where activations wait for backward in host memory instead (mode "offload").
+OFFLOADED_DEVICES = ("cuda",)
 
 
 def set_seed(seed: int = 42, deterministic: bool = True) -> None:
@@ -624,11 +628,12 @@ def _checkpoint_contexts(
 def _checkpointed_call(
     function: Callable[..., Any],
     block: nn.Module,
-    selective: bool,
+    mode: str,
     args: tuple,
     kwargs: dict[str, Any],
 ) -> Any:
     """Call function(*args, **kwargs), keeping its inputs instead of its activations."""
+    selective = mode == "selective"
     if torch.compiler.is_compiling():
         # The compiler recomputes inside its graph: statistics change once anyway, and
         # it knows no other contexts than the selective ones.
@@ -639,6 +644,9 @@ def _checkpointed_call(
                 )
             }
         return checkpoint(function, *args, use_reentrant=False, **kwargs)
+    context_fn = functools.partial(_checkpoint_contexts, block, selective)
+    if mode == "offload":
+        return _offloaded_call(function, context_fn, args, kwargs)
     # Keyword arguments travel as one dict: checkpoint looks for the device, whose
     # random state dropout needs again, in positional arguments only.
     return checkpoint(
@@ -646,8 +654,69 @@ def _checkpointed_call(
         args,
         kwargs,
         use_reentrant=False,
-        context_fn=functools.partial(_checkpoint_contexts, block, selective),
+        context_fn=context_fn,
     )
+
+
+@functools.cache
+def _offload_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _pack_to_host(tensor: torch.Tensor) -> Any:
+    """Start copying a GPU's tensor into pinned memory beside its other work."""
+    if tensor.device.type not in OFFLOADED_DEVICES:
+        return tensor  # it is in host memory already
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    stream = _offload_stream(tensor.device)
+    stream.wait_stream(torch.cuda.current_stream(tensor.device))
+    with torch.cuda.stream(stream):
+        host.copy_(tensor, non_blocking=True)
+    tensor.record_stream(stream)  # its memory is free only when it has been copied
+    return tensor.device, host, stream.record_event()
+
+
+def _unpack_from_host(packed: Any) -> torch.Tensor:
+    if isinstance(packed, torch.Tensor):
+        return packed
+    device, host, copied = packed
+    torch.cuda.current_stream(device).wait_event(copied)
+    return host.to(device, non_blocking=True)
+
+
+def _offloaded_call(
+    function: Callable[..., Any],
+    context_fn: Callable[[], tuple],
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Checkpoint a call whose inputs with gradients are kept in host memory.
+
+    Its other inputs, such as masks, are the same for all blocks and stay.
+    """
+    names, positional = list(kwargs), len(args)
+    others = [*args, *kwargs.values()]
+    moved = [
+        index
+        for index, value in enumerate(others)
+        if isinstance(value, torch.Tensor) and value.requires_grad
+    ]
+    tensors = [others[index] for index in moved]
+    for index in moved:
+        others[index] = None
+
+    def call(others, *tensors):
+        values = list(others)
+        for index, tensor in zip(moved, tensors, strict=True):
+            values[index] = tensor
+        named = dict(zip(names, values[positional:], strict=True))
+        return function(*values[:positional], **named)
+
+    # checkpoint saves tensors that are arguments of their own through these hooks.
+    with torch.autograd.graph.saved_tensors_hooks(_pack_to_host, _unpack_from_host):
+        return checkpoint(
+            call, others, *tensors, use_reentrant=False, context_fn=context_fn
+        )
 
 
 class CheckpointedModel(nn.Module):
@@ -686,7 +755,7 @@ class CheckpointedModel(nn.Module):
             kept_from = size * (segments - 1)
             for start in range(0, kept_from, size):
                 segment = functools.partial(self._run_layers, start, start + size)
-                x = _checkpointed_call(segment, self, False, (x,), {})
+                x = _checkpointed_call(segment, self, "full", (x,), {})
         return self._run_layers(kept_from, len(self.layers), x)
 
     def _run_layers(self, start: int, stop: int, x: Any) -> Any:
@@ -723,7 +792,7 @@ def _checkpointing_class(block_class: type[nn.Module]) -> type[nn.Module]:
         return _checkpointed_call(
             functools.partial(block_class.forward, self),
             self,
-            self._checkpoint_mode == "selective",
+            self._checkpoint_mode,
             args,
             kwargs,
         )
@@ -747,30 +816,37 @@ def enable_gradient_checkpointing(
 ) -> nn.Module:
     """Make a model's repeated blocks recompute their activations in backward.
 
-    A Hugging Face model does so by its own `gradient_checkpointing_enable`. In any
-    other model the blocks are found: the members of the outermost `nn.ModuleList` or
-    `nn.Sequential` (so also `nn.TransformerEncoder`'s layers) that holds two or more
-    modules of the same class which have modules of their own. Each block's class is
-    swapped for a subclass whose forward is checkpointed: parameters, state_dict keys,
-    hooks and isinstance stay as they are, and copies (EMA) work.
+    A Hugging Face model does so by its own `gradient_checkpointing_enable` (not in mode
+    "offload"). In any other model the blocks are those of `find_repeated_blocks` (also
+    `nn.TransformerEncoder`'s layers). Each block's class is swapped for a subclass
+    whose forward is checkpointed: parameters, state_dict keys, hooks and isinstance
+    stay as they are, and copies (EMA) work.
 
     Dropout, gradients and BatchNorm statistics equal the plain run's; other buffers
     that a block changes in forward are changed twice a step. Measured on 8 Transformer
     blocks: "full" takes 26-33% more time and 78% less activation memory, "selective"
-    (keeps the results of matrix products and attention) 9-15% and 26%.
+    (keeps the results of matrix products and attention) 9-15% and 26%. "offload" is
+    "full" with the blocks' inputs in pinned host memory: on a GPU nothing is kept of a
+    block. The copies run beside the computing, those back wait for it; on a CPU, and
+    where the model is compiled as a whole, it is the same as "full".
 
     Args:
         model: changed in place; call it before compiling, DDP or FSDP.
-        mode: "full" or "selective"; a second call only changes the mode. In-place
-            activations right after a Linear (`nn.ReLU(inplace=True)`) need "full".
+        mode: "full", "selective" or "offload"; a second call only changes the mode.
+            In-place activations right after a Linear (`nn.ReLU(inplace=True)`) must
+            not be "selective".
         blocks: the modules to checkpoint, instead of looking for them.
 
     Raises:
         ValueError: unknown mode, or no such blocks.
     """
-    if mode not in ("full", "selective"):
-        raise ValueError(f'mode={mode!r}: use "full" or "selective"')
-    if blocks is None and hasattr(model, "gradient_checkpointing_enable"):
+    if mode not in ("full", "selective", "offload"):
+        raise ValueError(f'mode={mode!r}: use "full", "selective" or "offload"')
+    hugging_face = hasattr(model, "gradient_checkpointing_enable")
+    if hugging_face and mode == "offload":
+        if hasattr(model, "config"):
+            model.config.use_cache = False  # recomputing would append to it again
+    elif hugging_face and blocks is None:
         options: dict[str, Any] = {"use_reentrant": False}
         if mode == "selective":
             options["context_fn"] = functools.partial(
@@ -790,6 +866,81 @@ def enable_gradient_checkpointing(
             block.__class__ = _checkpointing_class(type(block))
         block._checkpoint_mode = mode
     return model
+
+
+def _fp8_obstacle(device: torch.device) -> str:
+    """Say why this machine cannot train in fp8; empty where it can."""
+    if device.type != "cuda":
+        return f"the device is {device.type}, fp8 needs an NVIDIA GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        return (
+            f"this GPU has compute capability {major}.{minor}, fp8 needs 8.9 (Ada, "
+            "Hopper or newer)"
+        )
+    if find_spec("torchao") is None:
+        return "torchao is not installed: pip install torchao"
+    return ""
+
+
+def find_fp8_layers(model: nn.Module) -> set[str]:
+    """Return the names of the Linear layers that are worth computing in fp8.
+
+    Those with input and output widths divisible by 16 (the hardware's tiles) inside of
+    repeated blocks. So the output layer, whose logits need precision, is left out; in a
+    model without such blocks it is the last Linear.
+    """
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    blocks = find_repeated_blocks(model)
+    inside = {id(module) for block in blocks for module in block.modules()}
+    if not blocks:
+        inside = {id(module) for module in list(linears.values())[:-1]}
+    return {
+        name
+        for name, layer in linears.items()
+        if id(layer) in inside
+        and layer.in_features % 16 == 0
+        and layer.out_features % 16 == 0
+    }
+
+
+def convert_to_fp8(
+    model: nn.Module, device: torch.device, report: Callable[[str], None] = print
+) -> bool:
+    """Make a model's Linear layers compute in fp8 by torchao, where the GPU has it.
+
+    Weights and optimizer stay as they are; inputs, weights and gradients are scaled and
+    cast for the matrix products, each tensor by its own maximum (torchao's tensorwise
+    recipe). Without torch.compile the casts cost more than the products save.
+
+    Args:
+        model: changed in place; call it before FSDP, compiling and the optimizer, and
+            use it with bf16 autocast.
+        device: where the model trains.
+        report: takes one line: how many layers, or why there are none.
+
+    Returns:
+        Whether any layer was converted.
+    """
+    if obstacle := _fp8_obstacle(device):
+        report(f"fp8 is off: {obstacle}")
+        return False
+    names = find_fp8_layers(model)
+    if not names:
+        report(
+            f"fp8 is off: {type(model).__name__} has no hidden nn.Linear whose widths "
+            "are divisible by 16"
+        )
+        return False
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    convert_to_float8_training(
+        model,
+        module_filter_fn=lambda module, name: name in names,
+        config=Float8LinearConfig(pad_inner_dim=True),  # for batches of any size
+    )
+    report(f"fp8: {len(names)} Linear layers")
+    return True
 
 
 def _is_compile_failure(error: Exception) -> bool:
@@ -921,31 +1072,68 @@ class ModelEMA:
     taken.
 
     Args:
-        model: any module that can be deep-copied (not FSDP2; of DDP pass `.module`). A
-            compiled or checkpointed one will do; the average itself runs eagerly.
+        model: any module that can be deep-copied (of DDP pass `.module`). A compiled or
+            checkpointed one will do; the average itself runs eagerly.
         decay: 0.999 averages over about the last 1000 steps.
         warmup: let the first updates move faster: decay is at most
             (1 + updates) / (10 + updates), so .1, .18, .25 ... .99 after 890.
+        ema_model: a second copy of the model to hold the average, for FSDP2, which
+            cannot be deep-copied: built and sharded like the model; its values are
+            overwritten by the model's.
+
+    Raises:
+        ValueError: decay outside 0 to 1, or an ema_model that is another one or not in
+            fp32.
 
     Attributes:
         ema_model: the average, in eval mode, without gradients.
         updates: updates so far.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.999, warmup: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: float = 0.999,
+        warmup: bool = False,
+        ema_model: nn.Module | None = None,
+    ):
         if not 0 <= decay <= 1:
             raise ValueError(f"decay={decay}: use a value from 0 to 1, such as 0.999")
         self.decay = decay
         self.warmup = warmup
         self.updates = 0
-        self.ema_model = copy.deepcopy(model).eval().requires_grad_(False)
-        for tensor in [*self.ema_model.parameters(), *self.ema_model.buffers()]:
-            if tensor.dtype in (torch.float16, torch.bfloat16):
-                tensor.data = tensor.data.float()  # a bf16 average at .999 never moves
         self._source: nn.Module | None = None
+        self.ema_model = copy.deepcopy(model) if ema_model is None else ema_model
+        self.ema_model.eval().requires_grad_(False)
+        if ema_model is not None:
+            self._connect(model)
+            slots = self._averaged + self._copied
+            _copy_all(
+                [holder[key] for _, _, holder, key in slots],
+                [holder[key] for holder, key, _, _ in slots],
+            )
+        for name, tensor in [
+            *self.ema_model.named_parameters(),
+            *self.ema_model.named_buffers(),
+        ]:
+            if tensor.dtype not in (torch.float16, torch.bfloat16):
+                continue
+            if ema_model is not None:
+                raise ValueError(
+                    f"ema_model's {name} is in {tensor.dtype}: build it in fp32, the "
+                    "average of a half-precision model at 0.999 would never move"
+                )
+            tensor.data = tensor.data.float()  # a bf16 average at .999 never moves
 
     def _connect(self, model: nn.Module) -> None:
         """Note once where both models hold their tensors: walking them is slow."""
+        self._sharded = [
+            module
+            for root in (model, self.ema_model)
+            for module in root.modules()
+            if hasattr(module, "reshard")
+        ]
+        self._reshard()
         slots, ema_slots = _tensor_slots(model), _tensor_slots(self.ema_model)
         if slots.keys() != ema_slots.keys():
             odd = sorted(slots.keys() ^ ema_slots.keys())
@@ -962,6 +1150,11 @@ class ModelEMA:
         self._dtypes = [holder[key].dtype for _, _, holder, key in self._averaged]
         self._source = model
 
+    def _reshard(self) -> None:
+        """FSDP2: a forward without backward leaves gathered copies in the weights."""
+        for module in self._sharded:
+            module.reshard()
+
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move the average towards the model.
@@ -971,6 +1164,7 @@ class ModelEMA:
         """
         if model is not self._source:
             self._connect(model)
+        self._reshard()
         decay = self.decay
         if self.warmup:
             decay = min(decay, (1 + self.updates) / (10 + self.updates))
@@ -993,6 +1187,7 @@ class ModelEMA:
         """
         if model is not self._source:
             self._connect(model)
+        self._reshard()
         slots = self._averaged + self._copied
         tensors = [holder[key] for holder, key, _, _ in slots]
         averages = [holder[key] for _, _, holder, key in slots]
@@ -1001,6 +1196,7 @@ class ModelEMA:
             _copy_all(tensors, averages)
             yield
         finally:
+            self._reshard()
             _copy_all(tensors, own)
 
     def forward(self, *args, **kwargs) -> Any:

@@ -230,14 +230,6 @@ def test_skill_is_valid_and_short():
     assert len(text) < 14_000
 
 
-def test_loop_of_the_skill_runs_and_learns(capsys):
-    (code,) = re.findall(r"^```python\n(.*?)^```", read("SKILL.md"), re.DOTALL | re.M)
-    exec(compile(code, "SKILL.md", "exec"), {})
-    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
-    assert len(losses) == 5
-    assert losses[-1] < losses[0] / 2
-
-
 def test_names_in_the_skill_are_in_the_templates():
     """Names that look like ours: with an underscore or in camel case, as code."""
     owners = Library.load().owners

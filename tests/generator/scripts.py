@@ -8,17 +8,46 @@ import sys
 from pathlib import Path
 
 import torch
+from pyarrow import parquet
 
 from generator.cli import main
-from templates.builtin_data import stdlib_docstrings, write_digit_images
+from templates.builtin_data import (
+    stdlib_docstrings,
+    stdlib_functions,
+    write_digit_images,
+    write_digit_table,
+    write_jsonl,
+)
 
 DRIVER = Path(__file__).with_name("driver.py")
 STRICT = ("-W", "error::FutureWarning", "-W", "error::DeprecationWarning")
 
 
 # A model small enough for two cores; its shape is what a user edits first.
-SMALLER = {"width=128, depth=2": "width=32, depth=2", "width=48, depth=4": "width=16"}
-SMALLER["width=48, depth=4"] += ", depth=2"
+SMALLER = {
+    "width=128, depth=2": "width=32, depth=2",
+    "width=128, depth=4": "width=32, depth=2",
+    "widths=(32, 64, 128), depth=2": "widths=(8, 16), depth=2",
+}
+
+# In double precision and without dropout, so that only a real difference shows.
+EXACT = {
+    task: {
+        "dropout=0.1": "dropout=0.0",
+        "build_model(**spec).to(device)": "build_model(**spec).to(device).double()",
+        **more,
+    }
+    for task, more in {
+        "text": {},
+        "image": {
+            "images_BCHW.float()": "images_BCHW.double()",
+            "if model.training:": "if False:",
+        },
+        "lm": {},
+        "tabular": {"model(features_BF)": "model(features_BF.double())"},
+        "embedding": {},
+    }.items()
+}
 
 
 def write_script(
@@ -64,10 +93,43 @@ def write_image_data(folder: Path, images: int = 120) -> Path:
     return path
 
 
+def write_lm_data(folder: Path, texts: int = 60) -> Path:
+    """Docstrings, a text file each."""
+    path = folder / "texts"
+    path.mkdir()
+    for number, (text, _) in enumerate(docstrings()[::3][:texts]):
+        (path / f"{number:03}.txt").write_text(text, encoding="utf-8")
+    return path
+
+
+def write_tabular_data(folder: Path, rows: int = 120) -> Path:
+    """The first handwritten digits, a row each: 64 pixels and the label."""
+    path = write_digit_table(folder / "all.parquet")
+    parquet.write_table(parquet.read_table(path).slice(0, rows), path)
+    return path
+
+
+def write_embedding_data(folder: Path, rows: int = 120) -> Path:
+    """Functions of the standard library and their docstrings, as JSONL."""
+    queries, documents = (column[:rows] for column in stdlib_functions())
+    columns = {"query": queries, "document": documents}
+    return write_jsonl(folder / "pairs.jsonl", columns)
+
+
+WRITE_DATA = {
+    "text": write_text_data,
+    "image": write_image_data,
+    "lm": write_lm_data,
+    "tabular": write_tabular_data,
+    "embedding": write_embedding_data,
+}
+
+
 def data_words(task: str, folder: Path) -> list[str]:
     """The options that make a run short: little data, two epochs."""
-    write = {"text": write_text_data, "image": write_image_data}[task]
-    words = ["--data", str(write(folder)), "--epochs", "2", "--batch-size", "16"]
+    data = str(WRITE_DATA[task](folder))
+    words = ["--data", data, "--epochs", "2", "--batch-size", "16"]
+    words += ["--max-tokens=64"] if task == "lm" else []
     return [*words, "--log-every", "2", "--num-workers", "0"]
 
 

@@ -8,6 +8,7 @@ import pytest
 from generator.options import TASKS
 
 from .scripts import (
+    EXACT,
     data_words,
     largest_difference,
     newest_state,
@@ -15,7 +16,6 @@ from .scripts import (
     same,
     write_script,
 )
-from .test_scripts import EXACT
 
 FLAGS = ("--oom-recovery", "--resume", "--clip", "--scheduler=cosine", "--ema=0.9")
 
@@ -31,6 +31,17 @@ def compute_loss(model, inputs, labels):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     return result
 script.compute_loss = compute_loss
+if hasattr(script, "accumulate_contrastive_gradients"):
+    accumulate = script.accumulate_contrastive_gradients
+    def accumulate_short_of_memory(encode, *others, **options):
+        def encode_short_of_memory(piece):
+            result = encode(piece)
+            calls.append(len(piece[0]))
+            if len(calls) > {first} and len(piece[0]) > {room}:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB")
+            return result
+        return accumulate(encode_short_of_memory, *others, **options)
+    script.accumulate_contrastive_gradients = accumulate_short_of_memory
 """
 
 

@@ -12,7 +12,10 @@ import pytest
 from templates.builtin_data import (
     STDLIB_PACKAGES,
     stdlib_docstrings,
+    stdlib_functions,
+    stdlib_sources,
     write_digit_images,
+    write_digit_table,
 )
 
 
@@ -132,3 +135,67 @@ def test_a_missing_package_is_named_with_its_remedy(package, tmp_path, monkeypat
     with pytest.raises(ImportError, match=f"{package}: {remedy}"):
         write_digit_images(tmp_path / "digits")
     assert not (tmp_path / "digits").exists()
+
+
+# --- Source, functions, table --------------------------------------------------------
+
+
+def test_sources_are_the_files_of_the_packages():
+    import email.message
+    from pathlib import Path
+
+    sources = stdlib_sources()
+    assert Path(email.message.__file__) in sources
+    assert sources == sorted(set(sources))
+    assert 500_000 < sum(path.stat().st_size for path in sources) < 2_000_000
+
+
+@pytest.fixture(scope="module")
+def functions():
+    return stdlib_functions(("logging", "json"))
+
+
+def test_each_pair_is_a_docstring_and_its_function(functions):
+    import inspect
+    import json
+    import logging
+
+    summaries, signatures = functions
+    assert len(set(summaries)) == len(set(signatures)) == len(summaries)
+    for summary, owner, function in (
+        ("logging.Handler.emit", "Handler.", logging.Handler.emit),
+        ("json.dumps", "", json.dumps),
+    ):
+        found = summaries.index(inspect.getdoc(function).partition("\n\n")[0])
+        name, _, arguments = signatures[found].partition("(")
+        assert name == owner + function.__name__, summary
+        names = list(inspect.signature(function).parameters)
+        assert all(name in arguments for name in names)
+
+
+def test_modules_beside_the_packages_give_functions_too(functions):
+    assert any(name.startswith("TarFile.") for name in functions[1])
+    assert not any("\n\n" in summary or not summary.strip() for summary in functions[0])
+
+
+def test_the_table_is_scikit_learns(tmp_path):
+    from pyarrow import parquet
+    from sklearn.datasets import load_digits
+
+    path = write_digit_table(tmp_path / "data" / "digits.parquet")
+    table, source = parquet.read_table(path), load_digits()
+    assert table.column_names[8] == "pixel_1_0"
+    columns = [table[name].to_numpy() for name in table.column_names]
+    assert np.array_equal(np.stack(columns[:-1], 1), source.data)
+    assert np.array_equal(columns[-1], source.target)
+    assert parquet.ParquetFile(path).num_row_groups > 4
+    before = path.stat().st_mtime_ns
+    write_digit_table(path)
+    assert path.stat().st_mtime_ns == before
+    assert [file.name for file in path.parent.iterdir()] == ["digits.parquet"]
+
+
+def test_a_table_without_its_packages_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"pip install scikit-learn pyarrow, or pass"):
+        write_digit_table(tmp_path / "digits.parquet")

@@ -10,13 +10,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from templates import language_data
+from templates import data_optimizer
+from templates.data_optimizer import DataError, list_text_files, read_text_files
 from templates.language_data import (
     TokenWindows,
     collate_windows,
     hash_words,
-    list_text_files,
-    read_text_files,
     split_tokens,
     write_tokens,
 )
@@ -68,7 +67,7 @@ def test_the_file_holds_each_text_and_its_end(tmp_path):
 
 
 def test_large_ids_and_pieces_of_a_long_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(language_data, "_TEXT_PIECE", 16)
+    monkeypatch.setattr(data_optimizer, "TEXT_PIECE", 16)
     text = "".join(f"line {n} ü\n" for n in range(20)) + "y" * 100
     folder = make(tmp_path, [text], lambda t: [60_000 + ord(c) for c in t], 70_000)
     assert json.loads((folder / "meta.json").read_text())["dtype"] == "int32"
@@ -77,7 +76,7 @@ def test_large_ids_and_pieces_of_a_long_text(tmp_path, monkeypatch):
 
 
 def test_pieces_end_with_a_line_and_lose_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(language_data, "_TEXT_PIECE", 10)
+    monkeypatch.setattr(data_optimizer, "TEXT_PIECE", 10)
     texts = ["ab\ncd\r\nefghijklm\nno", "no line end at all, none"]
     paths = write_texts(tmp_path / "texts", texts)
     pieces = list(read_text_files(paths))
@@ -103,10 +102,10 @@ def test_an_id_beyond_the_last_is_refused_and_leaves_nothing(tmp_path, ids):
 def test_it_is_written_once_and_again_when_a_source_changes(tmp_path):
     paths = write_texts(tmp_path / "texts", ["one", "two"])
 
-    def write(settings=None):
+    def write(settings=None, encode=str.encode):
         pieces = read_text_files(paths)
         return write_tokens(
-            tmp_path / "t", pieces, str.encode, END, END + 1, paths, settings
+            tmp_path / "t", pieces, encode, END, END + 1, paths, settings
         )
 
     first = write()
@@ -114,6 +113,7 @@ def test_it_is_written_once_and_again_when_a_source_changes(tmp_path):
     assert write() == first
     assert (first / "tokens.bin").stat() == before
     assert write(["other tokenizer"]) != first
+    assert write(encode=lambda text: text.encode("utf-16")) != first
     paths[1].write_text("two and more")
     assert write() != first
     os.utime(paths[0], ns=(1, 1))
@@ -125,7 +125,8 @@ def test_a_killed_write_leaves_no_file_that_would_be_taken(tmp_path):
     code = f"""
 import os
 from pathlib import Path
-from templates.language_data import *
+from templates.data_optimizer import list_text_files, read_text_files
+from templates.language_data import write_tokens
 paths = list_text_files({str(tmp_path / "texts")!r})
 def encode(text):
     if text == "two":
@@ -134,6 +135,7 @@ def encode(text):
 write_tokens({str(tmp_path / "t")!r}, read_text_files(paths), encode, 256, 257, paths)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    assert not list((tmp_path / "t").glob("*/meta.json"))
     pieces = read_text_files(paths)
     folder = write_tokens(tmp_path / "t", pieces, str.encode, END, END + 1, paths)
     windows = TokenWindows(folder, torch.tensor([[0, 8]]), 100)
@@ -144,15 +146,17 @@ def test_whoever_is_second_takes_what_the_first_has_written(tmp_path):
     paths = write_texts(tmp_path / "texts", ["one"])
     written = []
 
-    def write(encode):
+    def write():
         pieces = read_text_files(paths)
         return write_tokens(tmp_path / "t", pieces, encode, END, END + 1, paths)
 
-    def encode_slowly(text):  # meanwhile another process does the same
-        written.append(write(str.encode))
+    def encode(text):  # the first time another process does the same meanwhile
+        if not written:
+            written.append(None)
+            written[0] = write()
         return text.encode()
 
-    assert [write(encode_slowly)] == written
+    assert [write()] == written
     assert list((tmp_path / "t").iterdir()) == written
 
 
@@ -230,4 +234,5 @@ def test_hidden_files_are_left_out(tmp_path):
     assert list_text_files(str(tmp_path)) == names
     assert list_text_files(str(tmp_path / "**/*.txt")) == names
     assert list_text_files(str(tmp_path / "a.txt")) == names[:1]
-    assert list_text_files(str(tmp_path / "none*")) == []
+    with pytest.raises(DataError, match="no such file"):
+        list_text_files(str(tmp_path / "none*"))

@@ -1,5 +1,6 @@
 """loggers: a restart goes on where it was, and nothing ends the training."""
 
+import contextlib
 import json
 import sys
 import types
@@ -150,6 +151,30 @@ def test_a_failing_tracker_is_reported_once_and_the_training_goes_on(tracker, tm
     train(logger, 60, 80)
     logger.close()
     assert len(lines) == 2
+
+
+@pytest.mark.parametrize("error", [None, KeyError("boom")])
+def test_leaving_the_context_closes_the_tracker(tracker, tmp_path, error):
+    logger_class, fake = tracker
+    with contextlib.suppress(KeyError), logger_class(tmp_path, CONFIG, 0) as logger:
+        logger.log(10, {"loss": 1.0})
+        if error:
+            raise error
+    assert fake.runs[0].finished
+    assert fake.rows == [(10, "loss")]
+
+
+@pytest.mark.parametrize(
+    "logger_class", [TensorBoardLogger, WandbLogger, TrackioLogger]
+)
+def test_other_ranks_need_no_tracker_and_write_nothing(
+    logger_class, tmp_path, monkeypatch
+):
+    for name in ("torch.utils.tensorboard", "wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with logger_class(tmp_path, CONFIG, 0, active=False) as logger:
+        train(logger, 0, 40)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c_in_a_tracker_gets_through(tracker, tmp_path):

@@ -322,14 +322,32 @@ def test_display_writes_speed_and_memory_to_a_file_of_its_own(tmp_path, monkeypa
     ]
 
 
+def test_display_gives_all_that_it_shows_to_its_sinks(capsys):
+    seen = []
+    sinks = [lambda step, values: seen.append((step, dict(values)))] * 2
+    with TrainingDisplay(9, 4, sinks=sinks) as display:
+        display.update(3, loss=0.5)
+        display.end_epoch(4, 1, val_loss=0.25)
+        display.note("saved")
+    assert seen == [
+        *[(3, {"loss": 0.5})] * 2,  # no speed: it is not reproducible
+        *[(4, {"epoch": 1, "val_loss": 0.25})] * 2,
+    ]
+    assert "epoch 1: val_loss 0.25" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_silent_display_leaves_no_trace(terminal, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
     path = tmp_path / "speed.jsonl"
-    with TrainingDisplay(9, 4, speed_log=path, silent=True) as display:
+    seen = []
+    sinks = [lambda step, values: seen.append(step)]
+    with TrainingDisplay(9, 4, speed_log=path, silent=True, sinks=sinks) as display:
         display.update(3, loss=0.5)
+        display.end_epoch(3, 1, val_loss=0.25)
         display.note("saved")
     assert capsys.readouterr() == ("", "")
+    assert seen == []
     assert not path.exists()
 
 

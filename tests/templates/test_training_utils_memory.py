@@ -1,25 +1,31 @@
 """Activation checkpointing and compilation."""
 
+import contextlib
 import copy
 import functools
+import importlib.util
 import io
 import os
 import subprocess
 import sys
 import textwrap
+import types
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
+from templates import training_utils
 from templates.training_utils import (
     CheckpointedModel,
     ModelEMA,
     compile_model_if_available,
+    convert_to_fp8,
     enable_gradient_checkpointing,
 )
 
-MODES = ["full", "selective"]
+MODES = ["full", "selective", "offload"]
 
 
 class Block(nn.Module):
@@ -364,7 +370,7 @@ class HuggingFaceLike(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["full", "selective"])
 def test_hugging_face_models_checkpoint_themselves(mode):
     model = HuggingFaceLike()
     assert enable_gradient_checkpointing(model, mode) is model
@@ -373,6 +379,249 @@ def test_hugging_face_models_checkpoint_themselves(mode):
     x = torch.randn(2, 3, 8)  # needs no gradient: the reentrant kind would lose ours
     run = functools.partial(train_step, model, x)
     assert count_calls(model.layers, run) == [2, 2]
+
+
+def test_a_transformers_model_offloads_its_own_blocks():
+    transformers = pytest.importorskip("transformers")
+    small = {"vocab_size": 20, "n_positions": 8, "n_embd": 8, "n_layer": 2, "n_head": 2}
+
+    def make():
+        torch.manual_seed(0)
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**small))
+
+    def step(model):
+        return train_step(lambda_model(model))
+
+    def lambda_model(model):
+        wrapper = nn.Module()
+        wrapper.model = model
+        wrapper.forward = lambda tokens: model(tokens).logits
+        return wrapper
+
+    plain, model = make(), enable_gradient_checkpointing(make(), "offload")
+    assert all(hasattr(block, "_checkpoint_mode") for block in model.transformer.h)
+    assert_same_step(step(model), step(plain))
+
+
+class FakeCuda:
+    """Stands in for torch.cuda's streams; writes down what was asked of it."""
+
+    def __init__(self, monkeypatch):
+        self.calls = calls = []
+        fake = self
+
+        class Stream:
+            def __init__(self, device):
+                self.device = device
+
+            def wait_stream(self, other):
+                calls.append(f"copy stream waits for {other}")
+
+            def record_event(self):
+                calls.append("event")
+                return "event"
+
+        class Current:
+            def wait_event(self, event):
+                calls.append(f"wait for {event}")
+
+            def __str__(self):
+                return "current"
+
+        real_empty = torch.empty_like
+
+        def empty_like(tensor, device, pin_memory):
+            assert (device, pin_memory) == ("cpu", True)
+            return real_empty(tensor)
+
+        monkeypatch.setattr(training_utils, "OFFLOADED_DEVICES", ("cpu",))
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Current())
+        monkeypatch.setattr(torch.cuda, "stream", fake.entered)
+        monkeypatch.setattr(torch, "empty_like", empty_like)
+        monkeypatch.setattr(
+            torch.Tensor, "record_stream", lambda t, s: calls.append("record stream")
+        )
+        training_utils._offload_stream.cache_clear()
+
+    @contextlib.contextmanager
+    def entered(self, stream):
+        self.calls.append("copy")
+        yield
+
+
+def test_offloading_leaves_no_block_input_on_the_device(monkeypatch):
+    """The fake device's memory is what still lives of the blocks' inputs."""
+
+    def living_inputs(mode):
+        model = enable_gradient_checkpointing(Stack(4), mode).train()
+        inputs = []
+        for block in model.blocks:
+            block.register_forward_pre_hook(
+                lambda block, args: inputs.append(weakref.ref(args[0]))
+            )
+        loss = model(TOKENS).square().mean()
+        alive = sum(reference() is not None for reference in inputs)
+        loss.backward()
+        return alive
+
+    assert living_inputs("full") == 4
+    FakeCuda(monkeypatch)
+    assert living_inputs("offload") == 0
+
+
+def test_offloading_copies_beside_the_computing_and_equals_the_plain_run(monkeypatch):
+    expected = train_step(Stack(2))
+    fake = FakeCuda(monkeypatch)
+    model = enable_gradient_checkpointing(Stack(2), "offload")
+    got = train_step(model)
+    assert_same_step(got, expected)
+    there = ["copy stream waits for current", "copy", "record stream", "event"]
+    assert fake.calls == there * 2 + ["wait for event"] * 2
+
+
+def test_offloading_takes_activations_by_keyword_and_leaves_masks(monkeypatch):
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))
+
+        def forward(self, mask, *, x, scale):
+            return x + self.mlp(x) * mask * scale
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.input = nn.Linear(8, 8)
+            self.blocks = nn.ModuleList([ByKeyword(), ByKeyword()])
+
+        def forward(self, x):
+            x, mask = self.input(x), torch.ones(8)
+            for block in self.blocks:
+                x = block(mask, scale=0.5, x=x)
+            return x
+
+    x = torch.randn(4, 8)
+    expected = train_step(Model(), x)
+    fake = FakeCuda(monkeypatch)
+    model = enable_gradient_checkpointing(Model(), "offload")
+    assert_same_step(train_step(model, x), expected)
+    assert fake.calls.count("copy") == 2  # the masks are not copied
+
+
+@pytest.mark.gpu
+def test_offloading_frees_a_real_gpus_memory_and_equals_the_plain_run():
+    x = torch.randn(256, 4, 512, device="cuda")
+
+    def run(mode):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(512, 8, 1024, dropout=0.1)
+        model = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False).cuda()
+        model = nn.Sequential(nn.Linear(512, 512).cuda(), model).train()
+        if mode:
+            enable_gradient_checkpointing(model, mode)
+        torch.manual_seed(5)
+        before = torch.cuda.memory_allocated()
+        loss = model(x).square().mean()
+        torch.cuda.synchronize()
+        kept = torch.cuda.memory_allocated() - before
+        loss.backward()
+        return kept, [p.grad.clone() for p in model.parameters()]
+
+    (_, expected), (full, _), (offload, got) = map(run, (None, "full", "offload"))
+    assert offload < full - 5 * x.nbytes
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+# --- fp8 ------------------------------------------------------------------------------
+
+GPU = torch.device("cuda", 0)
+
+
+class WideBlock(nn.Module):
+    def __init__(self, width: int = 32):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(width, 48), nn.Linear(48, width))
+        self.gate = nn.Linear(width, 3)
+
+
+class WideStack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(32, 64)
+        self.blocks = nn.ModuleList(WideBlock() for _ in range(2))
+
+
+def fake_fp8_machine(monkeypatch, capability=(9, 0), installed=True) -> list:
+    converted = []
+
+    class Config:
+        def __init__(self, **options):
+            self.options = options
+
+    def convert(model, module_filter_fn, config):
+        assert config.options == {"pad_inner_dim": True}
+        converted.extend(
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module_filter_fn(module, name)
+        )
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    float8 = types.ModuleType("torchao.float8")
+    float8.Float8LinearConfig, float8.convert_to_float8_training = Config, convert
+    monkeypatch.setitem(sys.modules, "torchao", types.ModuleType("torchao"))
+    monkeypatch.setitem(sys.modules, "torchao.float8", float8)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: object() if installed else None
+    )
+    return converted
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "installed", "reason"),
+    [
+        (torch.device("cpu"), (9, 0), True, "the device is cpu"),
+        (torch.device("mps"), (9, 0), True, "the device is mps"),
+        (GPU, (8, 6), True, "compute capability 8.6"),
+        (GPU, (8, 9), False, "pip install torchao"),
+    ],
+)
+def test_fp8_stays_off_with_one_line(
+    monkeypatch, device, capability, installed, reason
+):
+    converted = fake_fp8_machine(monkeypatch, capability, installed)
+    lines = []
+    assert convert_to_fp8(WideStack(), device, lines.append) is False
+    assert converted == []
+    assert len(lines) == 1
+    assert lines[0].startswith("fp8 is off: ")
+    assert reason in lines[0]
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0), (10, 0), (12, 0)])
+def test_fp8_takes_the_blocks_layers_of_fitting_width(monkeypatch, capability):
+    converted = fake_fp8_machine(monkeypatch, capability)
+    lines = []
+    assert convert_to_fp8(WideStack(), GPU, lines.append) is True
+    assert converted == [f"blocks.{i}.mlp.{j}" for i in (0, 1) for j in (0, 1)]
+    assert lines == ["fp8: 4 Linear layers"]
+
+
+def test_fp8_without_blocks_leaves_the_last_layer_alone(monkeypatch):
+    converted = fake_fp8_machine(monkeypatch)
+    layers = [nn.Linear(16, 16), nn.Linear(16, 8), nn.Linear(8, 16), nn.Linear(16, 16)]
+    assert convert_to_fp8(nn.Sequential(*layers), GPU, lambda line: None)
+    assert converted == ["0"]
+
+
+def test_fp8_without_fitting_layers_says_so(monkeypatch):
+    converted = fake_fp8_machine(monkeypatch)
+    lines = []
+    assert not convert_to_fp8(Stack(), GPU, lines.append)  # its widths are 8
+    assert converted == []
+    assert "divisible by 16" in lines[0]
 
 
 @pytest.mark.gpu

@@ -1,0 +1,112 @@
+"""What verifiers share.
+
+A check is a function `check_*(answer)`. Its docstring states what holds unless it
+raises Failed.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+
+
+class Failed(Exception):
+    """The statement of a check does not hold; the message is the evidence."""
+
+
+def expect(condition: object, evidence: str) -> None:
+    if not condition:
+        raise Failed(evidence)
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    """CPU, one thread, nothing of this process's Python settings."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    fixed = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MKL_NUM_THREADS": "1"}
+    return {**kept, **fixed, "PYTHONDONTWRITEBYTECODE": "1", **more}
+
+
+def run(words: list, folder: Path, timeout_s: float = 120, **more: str):
+    """A finished process of this Python (a list that begins with an option or file)."""
+    try:
+        return subprocess.run(
+            [sys.executable, *map(str, words)],
+            cwd=folder,
+            env=clean_environment(**more),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+    except subprocess.TimeoutExpired:
+        raise Failed(f"{words} did not end within {timeout_s} s") from None
+
+
+def must_run(words: list, folder: Path, timeout_s: float = 120, **more: str) -> str:
+    done = run(words, folder, timeout_s, **more)
+    tail = (done.stderr or done.stdout).strip()[-300:]
+    expect(done.returncode == 0, f"{words}: exit code {done.returncode}: {tail}")
+    return done.stdout
+
+
+@contextmanager
+def copy_of(answer: Path) -> Iterator[Path]:
+    """A copy to run in, so that one check leaves nothing behind for the next."""
+    with tempfile.TemporaryDirectory(prefix="eval ") as name:
+        folder = Path(name) / "copy"
+        shutil.copytree(answer, folder, ignore=shutil.ignore_patterns("__pycache__"))
+        yield folder
+
+
+def need(answer: Path, name: str) -> Path:
+    path = answer / name
+    expect(path.is_file(), f"there is no {name}")
+    return path
+
+
+def original(number: int, name: str) -> Path:
+    """The input file as the task gave it."""
+    return FOLDER / "files" / f"{number:02}" / name
+
+
+def load_tensors(path: Path) -> dict:
+    """All tensors of a saved file by their place in it; only data, no code."""
+    import torch
+
+    expect(path.is_file(), f"there is no {path.name}")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise Failed(f"{path.name} does not load: {str(error)[:200]}") from None
+    found = {}
+
+    def walk(value: object, place: str) -> None:
+        if isinstance(value, torch.Tensor):
+            found[place] = value
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                walk(item, f"{place}/{key}")
+
+    walk(saved, "")
+    expect(found, f"{path.name} holds no tensors")
+    return found
+
+
+def losses(output: str) -> list[float]:
+    """The values of all lines `...: loss X`."""
+    lines = [line for line in output.splitlines() if ": loss " in line]
+    return [float(line.rpartition(" ")[2]) for line in lines]
+
+
+def no_pytorch(answer: Path) -> None:
+    """For tasks in which the skill has nothing to say."""
+    for path in answer.rglob("*"):
+        if path.suffix in (".py", ".sh", ".md") and path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            expect("Stitched by pytorch-optimization" not in text, f"{path.name}: ours")
+            expect("import torch" not in text, f"{path.name} imports torch")

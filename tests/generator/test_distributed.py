@@ -1,0 +1,140 @@
+"""Scripts under torchrun (gloo on a CPU): equal to one process, and exact on resume."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from generator.options import TASKS
+
+from .scripts import (
+    EXACT,
+    command_line,
+    data_words,
+    environment,
+    largest_difference,
+    run,
+    same,
+    write_script,
+)
+from .test_oom import SHORT_OF_MEMORY
+
+# What `make test` runs of all tasks x {ddp, fsdp} x {2, 3} ranks; each takes a while.
+QUICK = {("lm", "ddp", 3), ("text", "fsdp", 2), ("embedding", "ddp", 2)}
+
+
+def best_weights(out_dir: Path) -> dict[str, torch.Tensor]:
+    return torch.load(out_dir / "best.pt", weights_only=True)["model_state_dict"]
+
+
+def logged(out_dir: Path) -> list[float]:
+    """All numbers in the log of a run, in order."""
+    lines = (out_dir / "metrics.jsonl").read_text().splitlines()
+    return [value for line in lines for value in json.loads(line).values()]
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "ranks"),
+    [
+        pytest.param(
+            *case, id="-".join(map(str, case)), marks=[] if case in QUICK else ["slow"]
+        )
+        for case in (
+            (task, kind, ranks)
+            for task in TASKS
+            for kind in ("ddp", "fsdp")
+            for ranks in (2, 3)
+        )
+    ],
+)
+def test_ranks_together_equal_one_process(task, kind, ranks, tmp_path):
+    """In double precision, without dropout; batches of 16 do not divide by 3 ranks."""
+    flags = ("--task", task, "--clip=0.1", "--scheduler=linear", "--ema=0.9")
+    words = data_words(task, tmp_path)
+    one = write_script(tmp_path, *flags, name="one.py", edits=EXACT[task])
+    run(one, *words, "--out-dir=one")
+    flags += (f"--distributed={kind}",)
+    many = write_script(tmp_path, *flags, name="many.py", edits=EXACT[task])
+    output = run(many, *words, "--out-dir=many", ranks=ranks)
+    assert output.count("epoch 2: ") == 1  # only the first rank speaks
+    assert logged(tmp_path / "many") == pytest.approx(logged(tmp_path / "one"))
+    weights = (best_weights(tmp_path / name) for name in ("one", "many"))
+    assert largest_difference(*weights) < 1e-9
+
+
+@pytest.mark.parametrize("task", ["lm", pytest.param("text", marks=["slow"])])
+def test_accumulation_and_one_rank_out_of_memory_change_nothing(task, tmp_path):
+    """Memory runs out on the second rank only; both halve, the batch stays whole."""
+    flags = ("--task", task, "--clip=0.1", "--distributed=ddp", "--oom-recovery")
+    words = data_words(task, tmp_path)
+    script = write_script(tmp_path, *flags, edits=EXACT[task])
+    run(script, *words, "--out-dir=whole", ranks=2)
+    only_second = SHORT_OF_MEMORY.format(first=3, room=2).replace(
+        "if model.training:", "if model.training and int(os.environ['RANK']) == 1:"
+    )
+    inject = "import os\n" + only_second
+    output = run(script, *words, "--out-dir=short", ranks=2, inject=inject)
+    assert "on another rank" in output
+    weights = (best_weights(tmp_path / name) for name in ("whole", "short"))
+    assert largest_difference(*weights) < 1e-9
+
+
+def start_ranks(script: Path, *words: str) -> subprocess.Popen:
+    """Two ranks in a process group of their own."""
+    return subprocess.Popen(
+        command_line(script, *words, ranks=2),
+        cwd=script.parent,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def wait_for_lines(log: Path, count: int, process: subprocess.Popen) -> None:
+    """Until the log has `count` lines, or the process has ended."""
+    while process.poll() is None:
+        if log.exists() and log.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_killed_and_stopped_ranks_go_on_exactly(kind, tmp_path):
+    """kill -9 of all processes at a random moment, then SIGTERM; dropout is on."""
+    flags = ("--resume", "--ema=0.9", "--scheduler=cosine", "--distributed", kind)
+    script = write_script(tmp_path, *flags)
+    words = [*data_words("text", tmp_path), "--save-every=2"]
+    run(script, *words, "--out-dir=whole", ranks=2)
+    log = tmp_path / "cut/metrics.jsonl"
+    process = start_ranks(script, *words, "--out-dir=cut")
+    wait_for_lines(log, 2, process)
+    time.sleep(random.Random(kind).random() * 0.2)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process = start_ranks(script, *words, "--out-dir=cut")
+    wait_for_lines(log, 5, process)
+    process.send_signal(signal.SIGTERM)  # torchrun hands it to both ranks
+    process.wait(timeout=120)
+    output = run(script, *words, "--out-dir=cut", ranks=2)
+    assert output.count("going on from") == 1
+    assert log.read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
+    assert same(best_weights(tmp_path / "cut"), best_weights(tmp_path / "whole"))
+
+
+def test_other_numbers_of_ranks_and_bad_launches_are_one_line(tmp_path):
+    script = write_script(tmp_path, "--distributed=ddp")
+    words = [*data_words("text", tmp_path), "--batch-size=2"]
+    output = run(script, *words, ranks=3, expect=1)
+    assert "leaves some of the 3 ranks without a row" in output
+    single = write_script(tmp_path, name="single.py")
+    output = run(single, *words, expect=2, WORLD_SIZE="2")
+    assert "generate it with --distributed ddp" in output
+    assert "Traceback" not in output

@@ -6,7 +6,8 @@ READY := .venv/.ready
 # Two OpenMP threads on a busy machine can be ten times slower than one.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all lint format bench bench-loop bench-gpu skill evals-check clean
+.PHONY: demo test test-all lint format bench bench-data bench-loop bench-gpu skill \
+	evals-check clean
 
 demo: $(READY)  ## generate a script and train with it on real data
 	$(BIN)/generate-script --amp --checkpointing -o demo/train.py --force
@@ -29,6 +30,18 @@ format: $(READY)
 bench: $(READY)  ## what the generator costs, beside its parts
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/generator.py
 
+BENCH := .venv-bench/bin
+bench-data: $(BENCH)/.ready  ## data loading beside its peers, in an environment of its own
+	OMP_NUM_THREADS=1 $(BENCH)/python benchmarks/data.py
+
+$(BENCH)/.ready: requirements/bench-data.txt
+	$(PYTHON) -m venv .venv-bench
+	$(BENCH)/pip install -q torch==2.13.0 uv
+	$(BENCH)/uv pip install -q --python $(BENCH)/python -r requirements/bench-data.txt
+	$(BENCH)/uv pip install -q --python $(BENCH)/python --no-deps \
+		torchdata==0.11.0 litdata==0.2.76 mosaicml-streaming==0.13.0
+	touch $@
+
 skill:  ## dist/pytorch-optimization.skill, and the same unpacked beside it
 	$(PYTHON) .ci/make_skill.py
 
@@ -42,7 +55,7 @@ bench-gpu:  ## the same on a GPU, with the Python that has its torch: PYTHON=pyt
 	$(PYTHON) benchmarks/gpu.py
 
 clean:
-	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-bench demo build dist *.egg-info .pytest_cache .ruff_cache
 
 # torch first and by itself: a package that asks for any torch would pick the newest.
 $(READY): pyproject.toml $(CONSTRAINTS)

@@ -2,6 +2,7 @@
 
 import random
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -290,14 +291,23 @@ def test_jpeg_is_decoded_small_and_close_to_the_exact_resize(tmp_path, monkeypat
     error = np.abs(np.asarray(exact).astype(float) - fast).mean()
     assert error < 2, "mean of 0 to 255"
     opened = []
-    real = Image.Image.resize
     monkeypatch.setattr(
-        Image.Image,
-        "resize",
-        lambda image, *args: opened.append(image.size) or real(image, *args),
+        "templates.data_optimizer._resize_to_tensor",
+        lambda image, size: opened.append(image.size),
     )
-    assert LazyImageDataset([path], size=224)[0].shape == (3, 224, 224)
+    assert LazyImageDataset([path], size=224)[0] is None
     assert opened == [(400, 300)]
+
+
+@pytest.mark.parametrize("arrow", [True, False])
+def test_scaling_is_pillows_within_one(tmp_path, monkeypatch, arrow):
+    if not arrow:
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for size, to in (((500, 400), 224), ((224, 224), 224), ((60, 90), (128, 64))):
+        path = photo(tmp_path / "p.png", *size)
+        wanted = LazyImageDataset([path], np.asarray, size=to)[0].astype(int)
+        scaled = LazyImageDataset([path], size=to)[0].permute(1, 2, 0).numpy()
+        assert np.abs(wanted - scaled).max() <= 1
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path):

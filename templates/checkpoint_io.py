@@ -722,6 +722,8 @@ def run_on_rank_zero(action: Callable[[], Any]) -> Any:
     Raises:
         CheckpointError: rank 0's action raised one; nobody waits for it in vain.
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        return action()
     result = [None, None]
     if dist.get_rank() == 0:
         try:

@@ -276,7 +276,7 @@ ANSWERS: dict[int, tuple[Answer, Answer]] = {
                 "        loss.backward()\n",
                 "        loss.backward()\n        torch.cuda.empty_cache()\n",
             ),
-            ("BATCH, WIDTH", "MICRO = 1024\nBATCH, WIDTH"),
+            ("BATCH, WIDTH, DEPTH,", "MICRO = 1024\nBATCH, WIDTH, DEPTH,"),
             (
                 "        loss = nn.functional.mse_loss(model(x), y)\n",
                 "        parts = zip(x.split(MICRO), y.split(MICRO))\n"

@@ -10,6 +10,7 @@ queries and row r of the documents belong together; all other rows are negatives
     optimizer.step()
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -180,3 +181,36 @@ def recall_at_k(
         hits += torch.stack([(rank_R <= k).sum() for k in ks])
     shares = (hits / count).tolist()
     return {f"recall@{k}": share for k, share in zip(ks, shares, strict=True)}
+
+
+@torch.inference_mode()
+def evaluate_embeddings(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Any]],
+    compute_loss: Callable[..., tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]],
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ks: Sequence[int] = (1, 10),
+) -> dict[str, float]:
+    """Mean loss of the batches, and how often a query finds its document among all.
+
+    Args:
+        batches: (queries, documents) on the model's device.
+        compute_loss: (model, queries, documents) -> mean loss, (queries_BD,
+            documents_BD); of several ranks it gathers the rows of all.
+
+    Returns:
+        "val_loss", and "val_recall_at_1" and so on for each of `ks`.
+    """
+    model.eval()
+    loss_sum, vectors = 0.0, []
+    for queries, documents in batches:
+        with autocast():
+            loss, found = compute_loss(model, queries, documents)
+        loss_sum += loss * len(found[0])
+        vectors.append(found)
+    queries_ND, documents_ND = (torch.cat(part) for part in zip(*vectors, strict=True))
+    recall = recall_at_k(queries_ND, documents_ND, ks)
+    return {
+        "val_loss": float(loss_sum / len(queries_ND)),
+        **{f"val_recall_at_{k}": recall[f"recall@{k}"] for k in ks},
+    }

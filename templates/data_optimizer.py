@@ -2082,19 +2082,6 @@ def read_texts(paths: list[Path], text_column: str) -> Iterator[tuple[str, bool]
     return read_text_files(paths)
 
 
-def require_samples(train_set: Any, val_set: Any, data: str) -> None:
-    """Refuse data that leaves nothing to train or to validate on.
-
-    Raises:
-        DataError: one of the two is empty.
-    """
-    if not len(train_set) or not len(val_set):
-        raise DataError(
-            f"{data or 'the built-in data'}: {len(train_set)} samples to train on and"
-            f" {len(val_set)} to validate on: give more data or another val_fraction"
-        )
-
-
 # --- Images
 
 
@@ -2475,7 +2462,15 @@ def make_loaders(
         batch_size: samples of a global batch, over all ranks together.
         num_workers: None chooses from the CPUs that this process may use.
         collate_fn: a list of samples -> (inputs, targets).
+
+    Raises:
+        DataError: there is nothing to train or to validate on.
     """
+    if not len(train_set) or not len(val_set):
+        raise DataError(
+            f"{len(train_set)} samples to train on and {len(val_set)} to validate on:"
+            " give more data or another val_fraction"
+        )
     loaders = []
     for samples, shuffle in ((train_set, True), (val_set, False)):
         if hasattr(samples, "load"):

@@ -479,7 +479,11 @@ def evaluate_model(
         with autocast():
             loss, outputs = compute_loss(model, inputs, targets)
         count = count_targets(targets)
-        sums = {"loss": loss * count, **measure(outputs, targets), "count": count}
+        # A rank's share may be empty, and the mean of nothing is NaN.
+        loss_sum = torch.where(
+            torch.as_tensor(count, device=loss.device) > 0, loss * count, 0.0
+        )
+        sums = {"loss": loss_sum, **measure(outputs, targets), "count": count}
         totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
     totals = dict(reduce(totals))
     count = totals.pop("count")

@@ -6,7 +6,7 @@ READY := .venv/.ready
 # Two OpenMP threads on a busy machine can be ten times slower than one.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all lint format bench skill evals-check clean
+.PHONY: demo test test-all lint format bench bench-loop bench-gpu skill evals-check clean
 
 demo: $(READY)  ## generate a script and train with it on real data
 	$(BIN)/generate-script --amp --checkpointing -o demo/train.py --force
@@ -34,6 +34,12 @@ skill:  ## dist/pytorch-optimization.skill, and the same unpacked beside it
 
 evals-check: $(READY)  ## verifiers fail on empty and wrong answers, pass on right ones
 	OMP_NUM_THREADS=1 $(BIN)/python evals/check.py
+
+bench-loop:  ## the loop beside its peers; requirements/bench-loop.txt sets .venv-bench up
+	OMP_NUM_THREADS=1 .venv-bench/bin/python benchmarks/loop.py
+
+bench-gpu:  ## the same on a GPU, with the Python that has its torch: PYTHON=python3.12
+	$(PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache

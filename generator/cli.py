@@ -25,6 +25,7 @@ from .options import (
     Request,
     check_request,
     find_conflicts,
+    preset_sections,
     suggest,
 )
 from .stitch import Library
@@ -155,7 +156,7 @@ def run(words: Sequence[str]) -> None:
             {name: answers[name] for name in SECTIONS if name in answers},
             answers.get("output", "train.py"),
             "split" in answers,
-            answers.get("model", ""),
+            answers.get("model") or "",
         )
         if request is None or problems:
             raise RequestError(list(dict.fromkeys(problems + more)))
@@ -175,10 +176,11 @@ def collect_answers(
     saved, more = read_answers(options["from"]) if "from" in options else ({}, [])
     problems += more
     preset = options.get("preset", "minimal")
-    if preset in PRESETS:
-        answers = dict(PRESETS[preset]) if "preset" in options else {}
-    else:
+    task = options.get("task") or saved.get("task") or "text"
+    if preset not in PRESETS:
         problems.append(f"--preset {preset}: choose {' or '.join(PRESETS)}")
+    elif "preset" in options and task in TASKS:
+        answers = preset_sections(preset, task)
     if "auto" in options:
         try:
             size = auto.parse_size(options["auto"] or "100M")
@@ -195,11 +197,11 @@ def collect_answers(
     names = ("task", "model", "output", "split", *SECTIONS)
     answers |= saved
     answers |= {name: options[name] for name in names if name in options}
-    return answers, problems
+    return {name: text for name, text in answers.items() if text is not False}, problems
 
 
-def read_answers(path: str) -> tuple[dict[str, str | None], list[str]]:
-    """The options in a YAML file, as texts, and what is wrong with it."""
+def read_answers(path: str) -> tuple[dict[str, Any], list[str]]:
+    """The options in a YAML file (False: switched off), and what is wrong with it."""
     import yaml  # only here: it takes a tenth of a second
 
     try:
@@ -216,7 +218,9 @@ def read_answers(path: str) -> tuple[dict[str, str | None], list[str]]:
         name = str(key).replace("-", "_")
         if name not in known:
             problems.append(f"--from {path}: {suggest(str(key), known)}")
-        elif value is not False:  # switched off
+        elif value is False:  # switched off
+            answers[name] = False
+        else:
             answers[name] = None if value is True or value is None else str(value)
     return answers, problems
 

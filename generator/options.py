@@ -551,7 +551,12 @@ def find_conflicts(given: set[str]) -> list[str]:
         str(item)
         for item in CONFLICTS
         if {item.first, item.second, item.third} <= given | {""}
-    ] + [
+    ]
+
+
+def find_lacking(given: set[str]) -> list[str]:
+    """Which flags are of no use without another that was not given."""
+    return [
         str(item)
         for item in REQUIREMENTS
         if item.first in given and item.needed not in given
@@ -564,6 +569,16 @@ def flags_of(task: str, sections: Mapping[str, Any], model: Model) -> set[str]:
     for name, value in sections.items():
         flags |= {SECTIONS[name].flag, f"{SECTIONS[name].flag}={value}"}
     return flags
+
+
+def preset_sections(preset: str, task: str) -> dict[str, str | None]:
+    """The sections of a preset, without those that do not go with the task."""
+    chosen = dict(PRESETS[preset])
+    for item in CONFLICTS:
+        flags = flags_of(task, chosen, Model())
+        if {item.first, item.second, item.third} <= flags | {""}:
+            del chosen[item.first.partition("=")[0][2:].replace("-", "_")]
+    return chosen
 
 
 def check_request(
@@ -595,6 +610,7 @@ def check_request(
     values = {n: v for n, v in values.items() if v != (SECTIONS[n].usual or None)}
     flags = flags_of(task, values, parsed_model) | {f"-o {output}"}
     problems += find_conflicts(flags | ({"--split"} if split else set()))
+    problems += find_lacking(flags)
     stem = PurePath(output).stem
     if stem in {*sys.stdlib_module_names, "torch"}:
         problems.append(f"-o {output}: would hide Python's {stem}: choose another name")

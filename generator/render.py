@@ -5,6 +5,7 @@ import shlex
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path, PurePath
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -39,6 +40,7 @@ def fit(head: str, items: Iterable[str], tail: str, is_call: bool = True) -> str
     return f"{head}\n{rows}{indent}{tail}"
 
 
+@cache
 def make_environment() -> Environment:
     """Jinja for Python source: an unknown name is an error, whole lines vanish."""
     environment = Environment(

@@ -10,7 +10,13 @@ import yaml
 
 from generator.auto import choose_sections, find_gpus, parse_size
 from generator.cli import main
-from generator.options import PRESETS, SECTIONS, TASKS, check_request
+from generator.options import (
+    PRESETS,
+    SECTIONS,
+    TASKS,
+    check_request,
+    preset_sections,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +35,7 @@ def command_of(capsys, *words: str) -> str:
 def test_a_preset_is_its_sections(preset, task, capsys):
     flags = [
         SECTIONS[name].flag + (f"={value}" if value else "")
-        for name, value in PRESETS[preset].items()
+        for name, value in preset_sections(preset, task).items()
     ]
     words = ("--task", task)
     assert command_of(capsys, *words, "--preset", preset) == command_of(

@@ -66,7 +66,7 @@ def is_legal(row: list[tuple[str, str | None]]) -> bool:
         SECTIONS[name].flag for name, flag in row if not flag and name in SECTIONS
     }
     lacking = any(r.first in flags and r.needed in absent for r in REQUIREMENTS)
-    return not lacking and not any("go with" in text for text in find_conflicts(flags))
+    return not lacking and not find_conflicts(flags)
 
 
 def pairwise(values: dict[str, list[str | None]]) -> list[dict[str, str | None]]:
@@ -174,7 +174,7 @@ def some_rows(count: int) -> list[dict[str, str | None]]:
         rows.append({"task": task})
         for name, flags in VALUES.items():
             rows += [{"task": task, name: flag} for flag in flags if name != "task"]
-        for preset in PRESETS.values():
+        for preset in PRESETS:
             row = {
                 n: SECTIONS[n].flag + (f"={v}" if v else "") for n, v in preset.items()
             }

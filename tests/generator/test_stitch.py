@@ -19,6 +19,7 @@ from generator.stitch import (
     StitchError,
     find_free_names,
     parse_module,
+    split_module,
     stitch_definitions,
     stitch_script,
 )
@@ -192,6 +193,14 @@ def test_templates_are_all_in_the_order_and_one_flat_namespace():
     library = Library.load()
     for name in library.owners:
         library.close_over([name])  # every name that it uses is in its own file
+
+
+@pytest.mark.parametrize("name", MODULE_ORDER)
+def test_templates_fall_apart_by_lines_as_python_parses_them(name):
+    source = (TEMPLATES / f"{name}.py").read_text()
+    fast, exact = split_module(name, source), parse_module(name, source)
+    assert fast.imports == exact.imports
+    assert fast.definitions == exact.definitions
 
 
 @pytest.mark.parametrize("split", [False, True])

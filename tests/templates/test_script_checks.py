@@ -74,7 +74,12 @@ def test_out_of_memory_comes_once_and_the_hook_goes():
 def test_a_dataset_is_cut_and_a_stream_is_not():
     assert list(cut_dataset([5, 6, 7], 2)) == [5, 6]
     assert len(cut_dataset([5, 6, 7], 9)) == 3
-    stream = IterableDataset()
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([5, 6, 7])
+
+    stream = Stream()
     assert cut_dataset(stream, 2) is stream
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from templates.checkpoint_io import read_checkpoint_file
 
@@ -94,7 +95,7 @@ def text_truth(text) -> list[tuple[str, float]]:
     found = []
     with torch.inference_mode():
         for words in texts:
-            logits = model(train.collate([(words, 0)])[0])[0]
+            logits = model(train.tokenize([words]))[0]
             number = int(logits.argmax())
             found.append((best["spec"]["classes"][number], logits.softmax(-1)[number]))
     return found
@@ -123,7 +124,7 @@ def test_as_a_process_it_warns_of_nothing(text, text_truth):
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_text_in_any_batches_equals_the_model(batch_size, text, text_truth):
     words = [f"--batch-size={batch_size}", f"--out={batch_size}.jsonl"]
-    assert "150 predictions" in predict(text, "--data=new.csv", *words)
+    assert "150 samples" in predict(text, "--data=new.csv", *words)
     assert_truth(records(text / f"{batch_size}.jsonl"), text_truth, 1e-6)
 
 
@@ -258,3 +259,105 @@ def test_an_unreadable_image_is_named(image):
     output = predict(image, *words, expect=2)
     assert "bad.png" in output.strip().splitlines()[-1]
     assert not (image / "bad.jsonl").exists()
+
+
+def trained_on(folder: Path, task: str, data: str, *words: str):
+    """A module of a trained script, its model in eval mode, and its spec."""
+    script = write_script(folder, "--task", task, "--predict")
+    settings = ["--epochs=1", "--batch-size=8", "--num-workers=0", *words]
+    run(script, f"--data={data}", *settings)
+    train = import_file(script)
+    best = read_checkpoint_file(folder / f"runs/{task}/best.pt")
+    model = train.build_model(**best["spec"])
+    model.load_state_dict(best["model_state_dict"])
+    return train, model.eval(), best["spec"]
+
+
+def test_lm_scores_are_those_of_one_text_at_a_time_and_it_continues(tmp_path):
+    texts = [text for text, _ in docstrings()[:60]]
+    (tmp_path / "all.txt").write_text("\n".join(texts))
+    rows = [json.dumps({"text": text}) for text in texts]
+    (tmp_path / "new.jsonl").write_text("\n".join(rows))
+    words = ["--max-tokens=48", "--val-fraction=0.3"]
+    train, model, spec = trained_on(tmp_path, "lm", "all.txt", *words)
+    predict(tmp_path, "--data=new.jsonl", "--batch-size=7")
+    for record, text in zip(
+        records(tmp_path / "predictions.jsonl"), texts, strict=True
+    ):
+        tokens = torch.tensor([train.END_OF_TEXT, *train.encode(text)])
+        losses = []
+        for start in range(0, len(tokens) - 1, 48):
+            window = tokens[start : start + 49]
+            with torch.no_grad():
+                logits = model(window[None, :-1])[0]
+            losses += nn.functional.cross_entropy(
+                logits, window[1:], reduction="none"
+            ).tolist()
+        assert record["tokens"] == len(tokens) - 1
+        assert abs(record["loss"] - sum(losses) / len(losses)) < 1e-4
+    greedy = ["--prompt=The ", "--temperature=0", "--max-new-tokens=5"]
+    found = predict(tmp_path, *greedy)
+    tokens = [train.END_OF_TEXT, *b"The "]
+    for _ in range(5):
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens]))[0, -1, : spec["vocab_size"]]
+        tokens.append(int(logits.argmax()))
+    assert bytes(tokens[1:]).decode(errors="replace") in found
+    drawn = ["--prompt=The ", "--temperature=1", "--seed=7", "--max-new-tokens=9"]
+    assert predict(tmp_path, *drawn) == predict(tmp_path, *drawn)
+
+
+def test_embedding_vectors_equal_the_model(tmp_path):
+    import numpy
+    import safetensors.torch
+
+    texts = [text for text, _ in docstrings()[:90]]
+    with open(tmp_path / "pairs.csv", "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["query", "document"])
+        rows.writerows([text[:50], text] for text in texts)
+    train, model, _ = trained_on(tmp_path, "embedding", "pairs.csv")
+    words = ["--data=pairs.csv", "--text-column=document", "--batch-size=7"]
+    predict(tmp_path, *words)
+    predict(tmp_path, *words, "--out=v.npy")
+    found = safetensors.torch.load_file(tmp_path / "vectors.safetensors")["vectors"]
+    assert found.equal(torch.from_numpy(numpy.load(tmp_path / "v.npy")))
+    with torch.no_grad():
+        expected = torch.cat([model(train.tokenize([text])) for text in texts])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert "end it with" in predict(tmp_path, *words, "--out=v.txt", expect=2)
+
+
+@pytest.mark.parametrize("label", ["digit", "share"])
+def test_tabular_rows_equal_the_model(label, tmp_path):
+    import pandas
+
+    table = pandas.DataFrame(torch.randn(90, 4).numpy(), columns=list("abcd"))
+    table["label"] = [
+        "xyz"[int(a > 0) + int(b > 0)] for a, b in table[["a", "b"]].values
+    ]
+    if label == "share":
+        table["label"] = table["a"] + 0.5
+    table.to_parquet(tmp_path / "rows.parquet")
+    _, model, spec = trained_on(tmp_path, "tabular", "rows.parquet")
+    table[["c", "a", "d", "b"]].to_parquet(tmp_path / "new.parquet")
+    predict(tmp_path, "--data=new.parquet", "--batch-size=7")
+    features = torch.tensor(table[spec["features"]].to_numpy(), dtype=torch.float32)
+    with torch.no_grad():
+        outputs = model(features)
+    found = records(tmp_path / "predictions.jsonl")
+    for record, output in zip(found, outputs, strict=True):
+        if label == "share":
+            assert abs(record["prediction"] - output) < 1e-4
+        else:
+            assert record["label"] == spec["classes"][output.argmax()]
+            assert abs(record["probability"] - output.softmax(0).max()) < 1e-5
+    predict(tmp_path, "--export=m.safetensors")
+    words = ["--weights=m.safetensors", "--data=new.parquet", "--out=again.jsonl"]
+    predict(tmp_path, *words, "--batch-size=7")
+    assert records(tmp_path / "again.jsonl") == found
+    predict(tmp_path, "--export=m.pt2")
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    torch.testing.assert_close(program(features), outputs, rtol=1e-4, atol=1e-5)
+    table[["c", "a"]].to_parquet(tmp_path / "few.parquet")
+    assert "no column b, d" in predict(tmp_path, "--data=few.parquet", expect=2)

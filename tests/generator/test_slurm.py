@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from generator.cli import main
 
@@ -213,3 +214,19 @@ def test_without_resume_it_is_refused(tmp_path, capsys):
     assert main(["--slurm", "-o", str(tmp_path / "train.py")]) == 2
     assert "--slurm needs --resume" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_two_machines_by_torchrun_are_requeued_and_end_the_same(slurm, tmp_path):
+    script = write_script(tmp_path, "--slurm", "--resume", "--distributed=ddp")
+    words = [*data_words("text", tmp_path), "--save-every=1000", "--cpu"]
+    job = submit(tmp_path, {**slurm, "SLURM_NNODES": "2"}, *words, "--out-dir=job")
+    log = tmp_path / "job/metrics.jsonl"
+    signal_after_lines(tmp_path, log, 2)
+    output = finish(job, expect=0)
+    assert "start 2" in output
+    assert "going on from" in output
+    run(script, *words, "--out-dir=twin", ranks=2)
+    assert log.read_text() == (tmp_path / "twin/metrics.jsonl").read_text()
+    best = [tmp_path / name / "best.pt" for name in ("job", "twin")]
+    weights = [torch.load(path, weights_only=True) for path in best]
+    assert same(*weights)

@@ -1,0 +1,105 @@
+"""What the tests of a training script are made of; in scripts: test_emitted_tests."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset
+
+from templates.script_checks import (
+    compare_values,
+    cut_dataset,
+    find_difference,
+    find_unreached_parameters,
+    out_of_memory_at_call,
+    run_words,
+    train_on_one_batch,
+)
+
+
+def test_each_kind_of_unreached_parameter_is_named():
+    model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in "abcde"})
+    model["e"].requires_grad_(False)
+    x = torch.ones(1, 2)
+    (model["a"](x) + 0 * model["b"](x)).sum().backward()
+    model["c"].weight.grad = torch.full((2, 2), torch.inf)
+    assert find_unreached_parameters(model) == {
+        "b.weight": "all zeros",
+        "c.weight": "not finite",
+        "d.weight": "none",
+    }
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "expected"),
+    [
+        ({"a": [1, 2]}, {"a": [1, 2]}, None),
+        ({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}, "a/1/b: 2 and 3"),
+        ({"a": 1}, {"b": 1}, "the whole: only one of them has a, b"),
+        ([1], [1, 2], "the whole: 1 and 2 items"),
+        (torch.ones(2), torch.ones(2), None),
+        (torch.tensor([torch.nan]), torch.tensor([torch.nan]), None),
+        ([torch.zeros(2)], [torch.tensor([0, 0.5])], "0: differs by up to 0.5"),
+        (
+            torch.ones(2),
+            torch.ones(2).double(),
+            "the whole: torch.float32 [2] and torch.float64 [2]",
+        ),
+    ],
+)
+def test_the_first_difference_is_named(left, right, expected):
+    assert find_difference(left, right) == expected
+
+
+def test_differences_are_relative_to_the_tensor_but_not_to_rounding():
+    left = {"large": torch.full((4,), 100.0), "noise": torch.full((4,), 1e-7)}
+    right = {"large": torch.full((4,), 101.0), "noise": torch.full((4,), 2e-7)}
+    difference, name = compare_values(left, right)
+    assert (round(difference, 6), name) == (0.01, "large")
+    assert compare_values(left, {"large": left["large"]})[0] == torch.inf
+
+
+def test_out_of_memory_comes_once_and_the_hook_goes():
+    model = nn.Linear(2, 2)
+    with out_of_memory_at_call(model, 2) as sizes:
+        model(torch.ones(4, 2))
+        with pytest.raises(torch.OutOfMemoryError):
+            model(torch.ones(3, 2))
+        model(torch.ones(1, 2))
+    model(torch.ones(9, 2))
+    assert sizes == [4, 3, 1]
+
+
+def test_a_dataset_is_cut_and_a_stream_is_not():
+    assert list(cut_dataset([5, 6, 7], 2)) == [5, 6]
+    assert len(cut_dataset([5, 6, 7], 9)) == 3
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([5, 6, 7])
+
+    stream = Stream()
+    assert cut_dataset(stream, 2) is stream
+
+
+def test_training_on_one_batch_ends_when_it_is_enough():
+    torch.manual_seed(0)
+    model, batch = nn.Linear(3, 1), (torch.randn(8, 3), torch.randn(8, 1))
+
+    def compute_loss(model, x, y):
+        outputs = model(x)
+        return nn.functional.mse_loss(outputs, y), outputs
+
+    losses = train_on_one_batch(model, compute_loss, batch, 500, 0.05, enough=0.8)
+    assert len(losses) < 500
+    assert losses[-1] <= 0.8 * losses[0] < losses[-2]
+
+
+def test_a_process_gives_its_code_and_both_outputs(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    source = "import os, sys; print(os.environ.get('RANK')); sys.exit('bad')"
+    code, output = run_words([sys.executable, "-c", source], tmp_path, 60)
+    assert code == 1
+    assert "None" in output
+    assert "bad" in output

@@ -251,12 +251,14 @@ weights are FIRST and SECOND: nearly all that is returned comes from the first v
 RIGHT_PAGE = PAGE.replace("FIRST", "0.804").replace("SECOND", "0.196")
 WRONG_PAGE = PAGE.replace("FIRST", "0.881").replace("SECOND", "0.119")
 
-TEXT = ("--task", "text", "--amp", "-o", "train.py")
+# As SKILL.md says; the wrong ones leave out what was asked for.
+TEXT = ("--task", "text", "-o", "train.py")
 IMAGE = ("--task", "image", "-o", "train.py")
+RECOMMENDED = ("--preset", "recommended")
 
 # eval -> (right, plausible but wrong)
 ANSWERS: dict[int, tuple[Answer, Answer]] = {
-    1: (generate(*TEXT, "--resume"), generate(*TEXT)),
+    1: (generate(*TEXT, *RECOMMENDED), generate(*TEXT, "--amp")),
     2: (
         edit(
             "train.py",
@@ -309,7 +311,7 @@ ANSWERS: dict[int, tuple[Answer, Answer]] = {
             ),
         ),
     ),
-    5: (generate(*IMAGE, "--amp"), generate(*IMAGE)),
+    5: (generate(*IMAGE, *RECOMMENDED), generate(*IMAGE, "--resume")),
     6: (
         edit(
             "train.py",

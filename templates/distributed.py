@@ -484,6 +484,15 @@ def rank_weight(count: int | torch.Tensor) -> float | torch.Tensor:
     return weight if isinstance(count, torch.Tensor) else weight.item()
 
 
+def smallest_over_ranks(number: int) -> int:
+    """The smallest of the ranks' whole numbers, on every rank, over the CPU."""
+    if distributed_world_size() == 1:
+        return number
+    answer = torch.tensor(number, dtype=torch.int64)
+    dist.all_reduce(answer, dist.ReduceOp.MIN)
+    return int(answer.item())
+
+
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """The mean of a tensor over ranks, on every rank."""
     return sum_over_ranks(value) / distributed_world_size()

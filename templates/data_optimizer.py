@@ -2611,7 +2611,7 @@ def make_loaders(
     if not len(train_set) or not len(val_set):
         raise DataError(
             f"{len(train_set)} samples to train on and {len(val_set)} to validate on:"
-            " give more data or another val_fraction"
+            " give more with --data, or another --val-fraction"
         )
     loaders = []
     for samples, shuffle in ((train_set, True), (val_set, False)):

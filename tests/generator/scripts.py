@@ -201,11 +201,11 @@ def largest_difference(left: dict, right: dict) -> float:
 
 # To inject: the process ends after its fourth save of the training state.
 END_AFTER_FOUR_SAVES = """
-real, calls = script.save_training_state, []
-def save(*args, **kwargs):
-    real(*args, **kwargs)
+real, calls = script.StateSaver.save, []
+def save(saver, step):
+    real(saver, step)
     calls.append(1)
     if len(calls) == 4:
         raise SystemExit(1)
-script.save_training_state = save
+script.StateSaver.save = save
 """

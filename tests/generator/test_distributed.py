@@ -43,7 +43,9 @@ def logged(out_dir: Path) -> list[float]:
     ("task", "kind", "ranks"),
     [
         pytest.param(
-            *case, id="-".join(map(str, case)), marks=[] if case in QUICK else ["slow"]
+            *case,
+            id="-".join(map(str, case)),
+            marks=() if case in QUICK else pytest.mark.slow,
         )
         for case in (
             (task, kind, ranks)
@@ -68,7 +70,7 @@ def test_ranks_together_equal_one_process(task, kind, ranks, tmp_path):
     assert largest_difference(*weights) < 1e-9
 
 
-@pytest.mark.parametrize("task", ["lm", pytest.param("text", marks=["slow"])])
+@pytest.mark.parametrize("task", ["lm", pytest.param("text", marks=pytest.mark.slow)])
 def test_accumulation_and_one_rank_out_of_memory_change_nothing(task, tmp_path):
     """Memory runs out on the second rank only; both halve, the batch stays whole."""
     flags = ("--task", task, "--clip=0.1", "--distributed=ddp", "--oom-recovery")

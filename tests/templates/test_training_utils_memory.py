@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import importlib.util
 import io
 import os
 import subprocess
@@ -574,7 +573,7 @@ def fake_fp8_machine(monkeypatch, capability=(9, 0), installed=True) -> list:
     monkeypatch.setitem(sys.modules, "torchao", types.ModuleType("torchao"))
     monkeypatch.setitem(sys.modules, "torchao.float8", float8)
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: object() if installed else None
+        training_utils, "find_spec", lambda name: object() if installed else None
     )
     return converted
 

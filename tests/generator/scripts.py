@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from pyarrow import parquet
 
 from generator.cli import main
+from generator.options import TASKS
 from templates.builtin_data import (
     stdlib_docstrings,
     stdlib_functions,
@@ -19,6 +21,11 @@ from templates.builtin_data import (
     write_jsonl,
 )
 
+# Some sweeps over the tasks run these in `make test`, all of them in `make test-all`.
+SOME_TASKS = [
+    pytest.param(task, marks=pytest.mark.slow) if task in ("image", "tabular") else task
+    for task in TASKS
+]
 DRIVER = Path(__file__).with_name("driver.py")
 STRICT = ("-W", "error::FutureWarning", "-W", "error::DeprecationWarning")
 

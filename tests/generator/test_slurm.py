@@ -216,6 +216,7 @@ def test_without_resume_it_is_refused(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_two_machines_by_torchrun_are_requeued_and_end_the_same(slurm, tmp_path):
     script = write_script(tmp_path, "--slurm", "--resume", "--distributed=ddp")
     words = [*data_words("text", tmp_path), "--save-every=1000", "--cpu"]

@@ -1728,7 +1728,7 @@ def _map_batch(function: Callable[[torch.Tensor], Any], batch: Any) -> Any:
         return function(batch)
     if isinstance(batch, dict):
         return {key: _map_batch(function, value) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
+    if isinstance(batch, (list, tuple)):
         mapped = [_map_batch(function, value) for value in batch]
         if isinstance(batch, list):
             return mapped

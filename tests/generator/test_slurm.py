@@ -128,7 +128,7 @@ def test_signalled_twice_it_is_requeued_and_ends_as_if_nothing_had_happened(
     slurm, tmp_path
 ):
     script = write_script(tmp_path, "--slurm", "--resume", "--ema=0.9")
-    words = [*data_words("text", tmp_path), "--save-every=1000"]
+    words = [*data_words("text", tmp_path), "--save-every=1000", "--epochs=8"]
     job = submit(tmp_path, slurm, *words, "--out-dir=job")
     log = tmp_path / "job/metrics.jsonl"
     signal_after_lines(tmp_path, log, 2)
@@ -147,7 +147,8 @@ def test_signalled_twice_it_is_requeued_and_ends_as_if_nothing_had_happened(
 @pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED"])
 def test_after_scancel_it_saves_and_is_not_requeued(state, slurm, tmp_path):
     write_script(tmp_path, "--slurm", "--resume")
-    words = [*data_words("text", tmp_path), "--save-every=1000", "--out-dir=job"]
+    words = [*data_words("text", tmp_path), "--save-every=1000", "--epochs=8"]
+    words += ["--out-dir=job"]
     job = submit(tmp_path, {**slurm, "FAKE_STATE": state}, *words)
     signal_after_lines(tmp_path, tmp_path / "job/metrics.jsonl", 2)
     output = finish(job, expect=143)

@@ -71,6 +71,7 @@ FAKES = {
                 env={**os.environ, "SLURM_RESTART_COUNT": str(start)},
             )
             pathlib.Path("shell.pid").write_text(str(job.pid))
+            pathlib.Path(f"started-{start}").touch()
             code = job.wait()
             if not again.exists():
                 sys.exit(code)
@@ -132,7 +133,7 @@ def test_signalled_twice_it_is_requeued_and_ends_as_if_nothing_had_happened(
     job = submit(tmp_path, slurm, *words, "--out-dir=job")
     log = tmp_path / "job/metrics.jsonl"
     signal_after_lines(tmp_path, log, 2)
-    while not (tmp_path / "requeued").exists():
+    while not (tmp_path / "started-1").exists():
         assert job.poll() is None, job.communicate()[0]
         time.sleep(0.01)
     signal_after_lines(tmp_path, log, 5)

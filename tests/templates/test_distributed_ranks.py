@@ -48,6 +48,7 @@ def test_every_way_to_train_equals_one_process_and_resumes(tmp_path):
     subprocess.run(alone, cwd=ROOT, env=environment, check=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_all_ranks_stop_after_the_same_step(tmp_path):
     process = start(tmp_path, 3, "sigterm")
     deadline = time.monotonic() + 60

@@ -90,83 +90,61 @@ class Module:
         """The definition of each top-level name."""
         return {name: item for item in self.definitions for name in item.names}
 
-    @property
-    def names(self) -> Iterable[str]:
-        """The top-level names."""
-        return self.by_name
 
-
+DOCSTRING = re.compile(r'\s*(?:r?"""(?:.|\n)*?"""\n)?')
 BLOCK_NAME = re.compile(r"^(?:async def|def|class) (\w+)", re.MULTILINE)
 CONTINUED = (" ", "\t", ")", "]", "}", "except", "else", "elif", "finally")
 
 
-def split_statements(code: str) -> list[str]:
+def split_statements(source: str, start: int) -> list[tuple[str, int]]:
     """The top-level statements of formatted code, each with the comments above it.
 
     By the beginning of each line: a statement starts at the left edge, and what
     continues it does not. A tenth of the time that `ast.parse` takes.
+
+    Returns:
+        Text and end of each statement, in `source` from position `start` on.
     """
-    statements: list[str] = []
-    comments = ""
+    statements: list[tuple[str, int]] = []
+    comments = blanks = ""
     decorated = False
-    for line in code.splitlines(keepends=True):
+    for line in source[start:].splitlines(keepends=True):
+        start += len(line)
         if line.startswith("#"):
             comments += line
         elif line == "\n":
             comments = ""
-            if statements:
-                statements[-1] += line
+            blanks += line
         elif line.startswith(CONTINUED) or decorated:
             decorated = decorated and not BLOCK_NAME.match(line)
-            statements[-1] += line
+            statements[-1] = (statements[-1][0] + blanks + line, start)
+            blanks = ""
         else:
             decorated = line.startswith("@")
-            statements.append(comments + line)
-            comments = ""
-    return [statement.rstrip() + "\n" for statement in statements]
+            statements.append((comments + line, start))
+            comments = blanks = ""
+    return statements
 
 
-def split_module(name: str, source: str) -> Module:
-    """What `parse_module` gives, without its body, of a formatted template."""
-    code = re.sub(r'\A"""(?:.|\n)*?"""\n', "", source, count=1)
+def parse_module(name: str, source: str) -> Module:
+    """Take a template or rendered glue apart; the imports must come first."""
     imports: dict[str, Import] = {}
-    definitions = []
-    for statement in split_statements(code):
+    definitions: list[Definition] = []
+    body_start = DOCSTRING.match(source).end()
+    for statement, end in split_statements(source, body_start):
         if statement.startswith(("import ", "from ")):
+            if definitions:
+                line = source.count("\n", 0, end)
+                raise StitchError(f"{name}, line {line}: imports come first")
             (node,) = ast.parse(statement).body
             imports.update((item.bound_name, item) for item in read_import(node))
+            body_start = end
         elif match := BLOCK_NAME.search(statement):
             definitions.append(Definition((match[1],), statement, is_block=True))
         else:
             names = tuple(bound_names(ast.parse(statement).body[0]))
             definitions.append(Definition(names, statement, is_block=False))
-    return Module(name, imports, definitions, body="")
-
-
-def parse_module(name: str, source: str) -> Module:
-    """Take a template or rendered glue apart; the imports must come first."""
-    lines = source.splitlines(keepends=True)
-    imports: dict[str, Import] = {}
-    definitions = []
-    body_start = 0  # index of the first line after docstring and imports
-    for node in ast.parse(source).body:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            imports.update((item.bound_name, item) for item in read_import(node))
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            pass  # the docstring
-        else:
-            start = min([node.lineno, *(d.lineno for d in decorators_of(node))]) - 1
-            while start > 0 and lines[start - 1].startswith("#"):
-                start -= 1
-            text = "".join(lines[start : node.end_lineno]).rstrip() + "\n"
-            is_block = hasattr(node, "name")
-            definitions.append(Definition(tuple(bound_names(node)), text, is_block))
-            continue
-        if definitions:
-            raise StitchError(f"{name}, line {node.lineno}: imports come first")
-        body_start = node.end_lineno or 0
-    body = "".join(lines[body_start:]).strip("\n") + "\n"
-    return Module(name, imports, definitions, body)
+    return Module(name, imports, definitions, source[body_start:].strip("\n") + "\n")
 
 
 def decorators_of(node: ast.stmt) -> list[ast.expr]:
@@ -253,7 +231,7 @@ class Library:
         self.modules = list(modules)
         self.owners: dict[str, Module] = {}
         for module in self.modules:
-            for name in module.names:
+            for name in module.by_name:
                 if name in self.owners:
                     raise StitchError(
                         f"{name} is defined in {self.owners[name].name} and in"
@@ -267,7 +245,7 @@ class Library:
         """The templates of this bundle."""
         paths = (folder / f"{name}.py" for name in MODULE_ORDER)
         return cls(
-            split_module(path.stem, path.read_text(encoding="utf-8"))
+            parse_module(path.stem, path.read_text(encoding="utf-8"))
             for path in paths
             if path.exists()
         )
@@ -310,8 +288,6 @@ class Library:
         """The definitions of `names`, verbatim, under one header line a template."""
         sections = []
         for module in self.modules:
-            if names.isdisjoint(module.names):
-                continue
             chosen = [d for d in module.definitions if names.intersection(d.names)]
             if chosen:
                 title = f"# --- templates/{module.name}.py "

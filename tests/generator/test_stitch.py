@@ -15,11 +15,14 @@ from generator.render import render_script
 from generator.stitch import (
     MODULE_ORDER,
     TEMPLATES,
+    Definition,
     Library,
     StitchError,
+    bound_names,
+    decorators_of,
     find_free_names,
     parse_module,
-    split_module,
+    read_import,
     stitch_definitions,
     stitch_script,
 )
@@ -196,12 +199,51 @@ def test_templates_are_all_in_the_order_and_one_flat_namespace():
         library.close_over([name])  # every name that it uses is in its own file
 
 
+def parse_with_ast(source: str) -> tuple[dict, list[Definition], str]:
+    """Imports, definitions and body of a module, as Python itself parses it."""
+    lines = source.splitlines(keepends=True)
+    imports, definitions, body_start = {}, [], 0
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            imports.update((item.bound_name, item) for item in read_import(node))
+            body_start = node.end_lineno
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            body_start = node.end_lineno
+        else:
+            start = min([node.lineno, *(d.lineno for d in decorators_of(node))]) - 1
+            while start > 0 and lines[start - 1].startswith("#"):
+                start -= 1
+            text = "".join(lines[start : node.end_lineno]).rstrip() + "\n"
+            names = tuple(bound_names(node))
+            definitions.append(Definition(names, text, hasattr(node, "name")))
+    return imports, definitions, "".join(lines[body_start:]).strip("\n") + "\n"
+
+
+def assert_parsed_as_python_does(name: str, source: str) -> None:
+    module = parse_module(name, source)
+    parsed = (module.imports, list(module.definitions), module.body)
+    assert parsed == parse_with_ast(source)
+
+
 @pytest.mark.parametrize("name", MODULE_ORDER)
 def test_templates_fall_apart_by_lines_as_python_parses_them(name):
     source = (TEMPLATES / f"{name}.py").read_text()
-    fast, exact = split_module(name, source), parse_module(name, source)
-    assert fast.imports == exact.imports
-    assert fast.definitions == exact.definitions
+    assert_parsed_as_python_does(name, source)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("sections", [{}, MOST_ON], ids=["none", "most"])
+def test_so_do_scripts_and_what_stands_beside_them(task, sections):
+    further = dict.fromkeys(("predict", "tests"))
+    script = render_script(request_of(task, sections | further, split=True))
+    for text in (script.text, script.tools, *script.further.values()):
+        if not text.startswith("#!"):  # the Slurm job
+            assert_parsed_as_python_does("script", text)
+
+
+def test_an_import_behind_a_definition_is_an_error():
+    with pytest.raises(StitchError, match="glue, line 4: imports come first"):
+        parse_module("glue", "import os\n\nX = 1\nimport sys\n")
 
 
 @pytest.mark.parametrize("split", [False, True])

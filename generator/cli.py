@@ -32,6 +32,7 @@ from .stitch import Library
 
 BAD_REQUEST = 2
 WOULD_OVERWRITE = 3
+ANSWERS = ("task", "model", "output", "split", *SECTIONS)  # what makes a script
 
 
 class RequestError(Exception):
@@ -84,15 +85,14 @@ def make_parser() -> RequestParser:
     )
     group = parser.add_argument_group("sections (numbers: of the guide)")
     for section in SECTIONS.values():
-        text = f"{section.summary} ({section.guide})".removesuffix(" (-)")
         if section.takes_value:
-            metavar = "{" + ",".join(section.choices) + "}" if section.choices else "N"
-            nargs = None if section.default is None else "?"
-            group.add_argument(section.flag, nargs=nargs, metavar=metavar, help=text)
+            details = {
+                "nargs": None if section.default is None else "?",
+                "metavar": section.values,
+            }
         else:
-            group.add_argument(
-                section.flag, action="store_const", const=None, help=text
-            )
+            details = {"action": "store_const", "const": None}
+        group.add_argument(section.flag, help=section.description, **details)
     group = parser.add_argument_group("output")
     group.add_argument(
         "-o", "--output", metavar="FILE", help="default: train.py; - prints"
@@ -133,20 +133,20 @@ def run(words: Sequence[str]) -> None:
     Raises:
         RequestError: for everything that is wrong with the request.
     """
-    parsed, unknown = make_parser().parse_known_args(words)
+    parser = make_parser()
+    parsed, unknown = parser.parse_known_args(words)
     options = vars(parsed)
-    known = [
-        word for action in make_parser()._actions for word in action.option_strings
-    ]
+    known = [word for action in parser._actions for word in action.option_strings]
     problems = [suggest(word, known) for word in unknown]
     given = {"--" + name.replace("_", "-") for name in options}
     given |= {"-o", f"-o {options['output']}"} if "output" in options else set()
-    problems += find_conflicts(given)
 
-    if "list" in options and not problems:
-        print(list_as_json() if "json" in options else list_as_text())
-    elif "extract" in options and not problems:
-        extract(options)
+    instead = {"list", "extract"} & options.keys()  # of a script
+    if instead and not problems and not find_conflicts(given):
+        if "list" in options:
+            print(list_as_json() if "json" in options else list_as_text())
+        else:
+            extract(options)
     else:
         as_json = "json" in options
         answers, more = collect_answers(options, quiet=as_json)
@@ -157,9 +157,10 @@ def run(words: Sequence[str]) -> None:
             answers.get("output", "train.py"),
             "split" in answers,
             answers.get("model") or "",
+            given,
         )
         if request is None or problems:
-            raise RequestError(list(dict.fromkeys(problems + more)))
+            raise RequestError(problems + more)
         write_script(request, "force" in options, as_json, options.get("save"))
 
 
@@ -175,12 +176,12 @@ def collect_answers(
     answers: dict[str, Any] = {}
     saved, more = read_answers(options["from"]) if "from" in options else ({}, [])
     problems += more
-    preset = options.get("preset", "minimal")
-    task = options.get("task") or saved.get("task") or "text"
-    if preset not in PRESETS:
-        problems.append(f"--preset {preset}: choose {' or '.join(PRESETS)}")
-    elif "preset" in options and task in TASKS:
-        answers = preset_sections(preset, task)
+    if "preset" in options:
+        preset, task = options["preset"], options.get("task") or saved.get("task")
+        if preset in PRESETS:
+            answers = preset_sections(preset, task or "text")
+        else:
+            problems.append(f"--preset {preset}: choose {' or '.join(PRESETS)}")
     if "auto" in options:
         try:
             size = auto.parse_size(options["auto"] or "100M")
@@ -194,9 +195,8 @@ def collect_answers(
             lines += [f"  {SECTIONS[c.section].flag}: {c.reason}" for c in choices]
             if not quiet:
                 print("\n".join(lines), file=sys.stderr)
-    names = ("task", "model", "output", "split", *SECTIONS)
     answers |= saved
-    answers |= {name: options[name] for name in names if name in options}
+    answers |= {name: options[name] for name in ANSWERS if name in options}
     return {name: text for name, text in answers.items() if text is not False}, problems
 
 
@@ -212,12 +212,11 @@ def read_answers(path: str) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"--from {path}: no YAML: {' '.join(str(error).split())}"]
     if not isinstance(loaded, dict):
         return {}, [f"--from {path}: write one `option: value` a line"]
-    known = ("task", "model", "output", "split", *SECTIONS)
     answers, problems = {}, []
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
-        if name not in known:
-            problems.append(f"--from {path}: {suggest(str(key), known)}")
+        if name not in ANSWERS:
+            problems.append(f"--from {path}: {suggest(str(key), ANSWERS)}")
         elif value is False:  # switched off
             answers[name] = False
         else:
@@ -231,8 +230,7 @@ def save_answers(request: Request, path: str, force: bool) -> None:
 
     answers: dict[str, Any] = {"task": request.task.name}
     if request.model.name:
-        text = request.model.name if request.model.kind == "module" else request.model
-        answers["model"] = str(text)
+        answers["model"] = str(request.model)
     answers |= request.sections
     answers |= {"split": True} if request.split else {}
     answers["output"] = request.output
@@ -374,28 +372,26 @@ def list_as_text() -> str:
         rows.append(f"           --data of the script takes {task.own_data}")
     rows += ["", "Sections (the numbers are those of the guide):"]
     for section in SECTIONS.values():
-        guide = f" ({section.guide})" if section.guide != "-" else ""
-        rows.append(f"  {section.usage:34} {section.summary}{guide}")
+        rows.append(f"  {section.usage:34} {section.description}")
     rows += ["", "Presets (--preset):"]
     for name, preset in PRESETS.items():
-        flags = [SECTIONS[n].flag + (f"={v}" if v else "") for n, v in preset.items()]
-        rows += textwrap.wrap(
-            f"{name:12} {' '.join(flags)}",
-            88,
-            initial_indent="  ",
-            subsequent_indent=" " * 15,
-            break_on_hyphens=False,
-        )
+        flags = [SECTIONS[section].spell(value) for section, value in preset.items()]
+        rows += wrap_row(f"{name:12} {' '.join(flags)}", indent=15)
     rows += ["", "Need another:"]
     rows += [f"  {item}" for item in REQUIREMENTS]
     rows += ["", "Do not go together:"]
     for first in dict.fromkeys(conflict.first for conflict in CONFLICTS):
         others = [c.second for c in CONFLICTS if c.first == first]
-        rows += textwrap.wrap(
-            f"{first} with {', '.join(others)}",
-            88,
-            initial_indent="  ",
-            subsequent_indent="      ",
-            break_on_hyphens=False,
-        )
+        rows += wrap_row(f"{first} with {', '.join(others)}", indent=6)
     return "\n".join(rows)
+
+
+def wrap_row(text: str, indent: int) -> list[str]:
+    """The lines of a row of --list; those after the first are indented further."""
+    return textwrap.wrap(
+        text,
+        88,
+        initial_indent="  ",
+        subsequent_indent=" " * indent,
+        break_on_hyphens=False,
+    )

@@ -2,7 +2,7 @@
 
 import difflib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
@@ -143,7 +143,7 @@ class Section:
     name: str
     summary: str
     phrase: str  # in the header of a script, {} for the value
-    guide: str = "-"  # sections of the guide
+    guide: str = "-"  # its sections there
     choices: tuple[str, ...] = ()
     usual: str = ""  # the choice that a script has without the flag
     number: type | None = None  # of the flag's value, where it is a number
@@ -162,14 +162,27 @@ class Section:
         return bool(self.choices or self.number)
 
     @property
+    def values(self) -> str:
+        """Its possible values, as usage shows them."""
+        return "{" + ",".join(self.choices) + "}" if self.choices else "N"
+
+    @property
     def usage(self) -> str:
         """The flag with its possible values."""
-        value = "{" + ",".join(self.choices) + "}" if self.choices else "N"
         if not self.takes_value:
             return self.flag
-        return (
-            f"{self.flag} {value}" if self.default is None else f"{self.flag}[={value}]"
-        )
+        if self.default is None:
+            return f"{self.flag} {self.values}"
+        return f"{self.flag}[={self.values}]"
+
+    @property
+    def description(self) -> str:
+        """What it does, with the sections of the guide."""
+        return self.summary if self.guide == "-" else f"{self.summary} ({self.guide})"
+
+    def spell(self, value: Any) -> str:
+        """The flag with a value; bare for True and None."""
+        return self.flag if value is True or value is None else f"{self.flag}={value}"
 
     def convert(self, text: str | None) -> Any:
         """The value of the flag from its text, None for the bare flag.
@@ -391,10 +404,11 @@ class Model:
     """What a script trains: ours, a library's, or a class of the user's."""
 
     kind: str = "builtin"  # or hf, timm, module
-    name: str = ""
+    name: str = ""  # of a module: `module:Class`
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.name}"
+        """As typed on the command line."""
+        return self.name if self.kind == "module" else f"{self.kind}:{self.name}"
 
     @classmethod
     def parse(cls, text: str) -> "Model":
@@ -443,16 +457,13 @@ class Request:
     def command(self) -> list[str]:
         """The command that makes this script, in its shortest canonical form."""
         words = ["generate-script", "--task", self.task.name]
-        if self.model.kind == "module":
-            words.append(f"--model={self.model.name}")
-        elif self.model.name:
+        if self.model.name:
             words.append(f"--model={self.model}")
-        for name, section in SECTIONS.items():
-            value = self.sections.get(name)
-            if value is True:
-                words.append(section.flag)
-            elif value is not None:
-                words.append(f"{section.flag}={value}")
+        words += [
+            section.spell(self.sections[name])
+            for name, section in SECTIONS.items()
+            if name in self.sections
+        ]
         return [*words, *["--split"][: self.split], "-o", self.output]
 
 
@@ -468,6 +479,10 @@ class Conflict:
     def __str__(self) -> str:
         both = f"{self.second} and {self.third}" if self.third else self.second
         return f"{self.first} does not go with {both}: {self.fix}"
+
+    def applies(self, given: set[str]) -> bool:
+        """Whether all of its flags were given."""
+        return {self.first, self.second, self.third or self.second} <= given
 
 
 NOT_A_SCRIPT = (
@@ -547,11 +562,7 @@ REQUIREMENTS = (
 
 def find_conflicts(given: set[str]) -> list[str]:
     """What is wrong with the combination of the flags that were given."""
-    return [
-        str(item)
-        for item in CONFLICTS
-        if {item.first, item.second, item.third} <= given | {""}
-    ]
+    return [str(item) for item in CONFLICTS if item.applies(given)]
 
 
 def find_lacking(given: set[str]) -> list[str]:
@@ -575,8 +586,7 @@ def preset_sections(preset: str, task: str) -> dict[str, str | None]:
     """The sections of a preset, without those that do not go with the task."""
     chosen = dict(PRESETS[preset])
     for item in CONFLICTS:
-        flags = flags_of(task, chosen, Model())
-        if {item.first, item.second, item.third} <= flags | {""}:
+        if item.applies(flags_of(task, chosen, Model())):
             del chosen[item.first.partition("=")[0][2:].replace("-", "_")]
     return chosen
 
@@ -587,11 +597,13 @@ def check_request(
     output: str,
     split: bool,
     model: str = "",
+    given: Iterable[str] = (),
 ) -> tuple[Request | None, list[str]]:
     """A request from the words of a command line, or everything that is wrong with it.
 
     Args:
         sections: name of a section -> the text of its value, None for the bare flag.
+        given: further flags that were given, which may not go with these.
     """
     problems = []
     values = {}
@@ -608,7 +620,7 @@ def check_request(
         except ValueError as error:
             problems.append(str(error))
     values = {n: v for n, v in values.items() if v != (SECTIONS[n].usual or None)}
-    flags = flags_of(task, values, parsed_model) | {f"-o {output}"}
+    flags = flags_of(task, values, parsed_model) | {f"-o {output}", *given}
     problems += find_conflicts(flags | ({"--split"} if split else set()))
     problems += find_lacking(flags)
     stem = PurePath(output).stem

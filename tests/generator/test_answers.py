@@ -34,7 +34,7 @@ def command_of(capsys, *words: str) -> str:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_is_its_sections(preset, task, capsys):
     flags = [
-        SECTIONS[name].flag + (f"={value}" if value else "")
+        SECTIONS[name].spell(value)
         for name, value in preset_sections(preset, task).items()
     ]
     words = ("--task", task)

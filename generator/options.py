@@ -26,6 +26,8 @@ class Task:
     batch_size: int
     learning_rate: float
     unit: str = "samples"  # what a batch is counted in
+    collate: str = "collate"  # makes a batch of samples; "": those of a stream are one
+    measure: str = "count_right"  # gives metrics beside the loss, if any does
 
     @property
     def setting_names(self) -> list[str]:
@@ -72,6 +74,7 @@ TASKS = {
             epochs=10,
             batch_size=32,
             learning_rate=2e-3,
+            collate="collate_images",
         ),
         Task(
             name="lm",
@@ -92,6 +95,7 @@ TASKS = {
             batch_size=16,
             learning_rate=2e-3,
             unit="tokens",
+            collate="collate_windows",
         ),
         Task(
             name="tabular",
@@ -112,6 +116,8 @@ TASKS = {
             epochs=10,
             batch_size=64,
             learning_rate=1e-3,
+            collate="",
+            measure="measure_table",
         ),
         Task(
             name="embedding",
@@ -131,6 +137,7 @@ TASKS = {
             epochs=3,
             batch_size=128,
             learning_rate=1e-3,
+            measure="",
         ),
     )
 }

@@ -27,7 +27,9 @@ from generator.render import render_script  # noqa: E402
 from generator.stitch import Library  # noqa: E402
 
 READMES = ("README.md", "README.ko.md")
-PAGES = (*READMES, "CONTRIBUTING.md", "SKILL.md")
+REFERENCES = sorted(f"references/{p.name}" for p in (ROOT / "references").glob("*.md"))
+SKILL_PAGES = ("SKILL.md", *REFERENCES)  # what an assistant reads
+PAGES = (*READMES, "CONTRIBUTING.md", *SKILL_PAGES)
 EXCERPT_LINES = 40
 
 # What of the templates does the work of a section.
@@ -207,15 +209,17 @@ def test_options_of_scripts_exist():
     assert given <= script_options()
 
 
-@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md", "evals/README.md"])
 def test_links_files_and_make_targets_exist(page):
-    text = read(page)
+    """Links from the page's folder; names of files from the bundle's."""
+    text, here = read(page), (ROOT / page).parent
     missing = []
     for link in re.findall(r"\]\(([^)]+)\)", text):
         path = link.partition("#")[0]
-        if not re.match(r"https?://", link) and path and not (ROOT / path).exists():
+        if not re.match(r"https?://", link) and path and not (here / path).exists():
             missing.append(link)
     folders = "templates|generator|tests|benchmarks|requirements|snippets|references"
+    folders += "|bin|evals"
     pattern = rf"(?<![\w/.-])(?:(?:{folders}|\.github)/[\w./*-]*|[A-Z]+(?:\.ko)?\.md)"
     for path in re.findall(pattern, text):
         if not any(ROOT.glob(path.rstrip("."))):
@@ -227,9 +231,8 @@ def test_links_files_and_make_targets_exist(page):
     assert not missing
 
 
-def test_skill_is_valid_and_short():
+def test_skill_is_valid():
     text = read("SKILL.md")
-    assert text.count("\n") <= 200
     _, frontmatter, body = text.split("---\n", 2)
     fields = yaml.safe_load(frontmatter)
     assert list(fields) == ["name", "description", "license"]
@@ -240,8 +243,6 @@ def test_skill_is_valid_and_short():
     assert not re.search("[<>]", fields["description"])
     assert fields["license"] == "MIT"
     assert body.lstrip().startswith("# ")
-    # About four characters a token: 3,500 of them.
-    assert len(text) < 14_000
 
 
 def test_names_in_the_skill_are_in_the_templates():

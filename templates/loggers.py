@@ -29,8 +29,7 @@ class LoggerPosition:
     def __init__(self, path: Path, step: int | None) -> None:
         self.path = path
         self.run_id, self.step, self.names = uuid.uuid4().hex[:8], -1, set()
-        self.goes_on = step != 0 and path.exists()
-        if self.goes_on:
+        if step != 0 and path.exists():
             saved = json.loads(path.read_text(encoding="utf-8"))
             self.run_id, self.step = saved["run_id"], saved["step"]
             self.names = set(saved["names"])

@@ -642,12 +642,17 @@ class _RepeatedContext(contextlib.AbstractContextManager):
         return self.context.__exit__(*error)
 
 
+def _selective_contexts() -> tuple[Any, Any]:
+    """Return the contexts of a forward that keeps some results, and of the second."""
+    return create_selective_checkpoint_contexts(list(KEPT_CHECKPOINT_OPS))
+
+
 def _checkpoint_contexts(
     block: nn.Module, selective: bool
 ) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
     """Return the contexts of the forward and of its recomputation."""
     forward_context, recompute_context = (
-        create_selective_checkpoint_contexts(list(KEPT_CHECKPOINT_OPS))
+        _selective_contexts()
         if selective
         else (contextlib.nullcontext(), contextlib.nullcontext())
     )
@@ -668,11 +673,7 @@ def _checkpointed_call(
         # The compiler recomputes inside its graph: statistics change once anyway, and
         # it knows no other contexts than the selective ones.
         if selective:
-            kwargs = kwargs | {
-                "context_fn": functools.partial(
-                    create_selective_checkpoint_contexts, list(KEPT_CHECKPOINT_OPS)
-                )
-            }
+            kwargs = kwargs | {"context_fn": _selective_contexts}
         return checkpoint(function, *args, use_reentrant=False, **kwargs)
     context_fn = functools.partial(_checkpoint_contexts, block, selective)
     if mode == "offload":
@@ -879,9 +880,7 @@ def enable_gradient_checkpointing(
     elif hugging_face and blocks is None:
         options: dict[str, Any] = {"use_reentrant": False}
         if mode == "selective":
-            options["context_fn"] = functools.partial(
-                create_selective_checkpoint_contexts, list(KEPT_CHECKPOINT_OPS)
-            )
+            options["context_fn"] = _selective_contexts
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         return model
     blocks = find_repeated_blocks(model) if blocks is None else list(blocks)

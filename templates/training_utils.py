@@ -505,10 +505,10 @@ def evaluate_model(
         with autocast():
             loss, outputs = compute_loss(model, inputs, targets)
         count = count_targets(targets)
-        # A rank's share may be empty, and the mean of nothing is NaN.
-        loss_sum = torch.where(
-            torch.as_tensor(count, device=loss.device) > 0, loss * count, 0.0
-        )
+        # A rank's share may be empty, and the mean of nothing is NaN. To make a tensor
+        # of a number would wait for the GPU, to add one does not.
+        is_empty = torch.zeros((), device=loss.device) + count <= 0
+        loss_sum = (loss * count).masked_fill(is_empty, 0.0)
         sums = {"loss": loss_sum, **measure(outputs, targets), "count": count}
         totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
     totals = dict(reduce(totals))

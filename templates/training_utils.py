@@ -264,6 +264,17 @@ def _batch_tensors(batch: Any) -> list[torch.Tensor]:
     return [tensor for part in batch for tensor in _batch_tensors(part)]
 
 
+def _count_samples(batch: Any) -> int:
+    """Return the length that all tensors of a batch have."""
+    lengths = {t.shape[0] if t.ndim else None for t in _batch_tensors(batch)}
+    if len(lengths) != 1 or None in lengths:
+        raise ValueError(
+            f"the batch's tensors have the lengths {sorted(map(str, lengths))}: every "
+            "tensor needs the same number of samples in its first dimension"
+        )
+    return lengths.pop()
+
+
 def _slice_batch(batch: Any, start: int, stop: int) -> Any:
     """Return samples start to stop of every tensor, in the batch's own structure."""
     if isinstance(batch, torch.Tensor):
@@ -291,13 +302,7 @@ def split_batch(batch: Any, micro_batch: int) -> Iterator[Any]:
     """
     if micro_batch < 1:
         raise ValueError(f"micro_batch={micro_batch}: at least 1 sample is needed")
-    lengths = {t.shape[0] if t.ndim else None for t in _batch_tensors(batch)}
-    if len(lengths) != 1 or None in lengths:
-        raise ValueError(
-            f"the batch's tensors have the lengths {sorted(map(str, lengths))}: every "
-            "tensor needs the same number of samples in its first dimension"
-        )
-    (length,) = lengths
+    length = _count_samples(batch)
     return (
         _slice_batch(batch, start, start + micro_batch)
         for start in range(0, length, micro_batch)
@@ -313,8 +318,11 @@ def split_evenly(batch: Any, pieces: int) -> Iterator[Any]:
     Args:
         batch: as for `split_batch`.
         pieces: at most the number of samples.
+
+    Raises:
+        ValueError: more pieces than samples or < 1, or tensors of unequal length.
     """
-    length = _batch_tensors(batch)[0].shape[0]
+    length = _count_samples(batch)
     if not 1 <= pieces <= length:
         raise ValueError(f"pieces={pieces}: a batch of {length} has 1 to {length}")
     bounds = [-(-length * k // pieces) for k in range(pieces + 1)]

@@ -25,6 +25,7 @@ from templates.training_utils import (
     gradients_are_finite,
     set_seed,
     split_batch,
+    split_evenly,
     step_optimizer,
     train_step_with_clipping,
 )
@@ -448,6 +449,30 @@ def test_split_batch_refuses_before_the_first_piece():
         split_batch([], 2)
     with pytest.raises(TypeError, match="str"):
         split_batch((x, ["a", "b", "c", "d"]), 2)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "sizes"), [(1, [10]), (3, [4, 3, 3]), (4, [3, 2, 3, 2]), (10, [1] * 10)]
+)
+def test_split_evenly_gives_as_many_pieces_as_were_asked_for(pieces, sizes):
+    x, y = torch.arange(20).view(10, 2), torch.arange(10)
+    parts = list(split_evenly({"x": x, "y": y}, pieces))
+    assert [len(part["y"]) for part in parts] == sizes
+    assert torch.equal(joined([part["x"] for part in parts]), x)
+    assert torch.equal(joined([part["y"] for part in parts]), y)
+
+
+def test_split_evenly_refuses_before_the_first_piece():
+    x = torch.zeros(4, 1)
+    for pieces in (0, 5):
+        with pytest.raises(ValueError, match=f"pieces={pieces}: a batch of 4 has 1 to"):
+            split_evenly(x, pieces)
+    with pytest.raises(ValueError, match="'3', '4'"):
+        split_evenly((x, torch.zeros(3)), 2)
+    with pytest.raises(ValueError, match="every tensor needs"):
+        split_evenly((torch.tensor(1.0), x), 2)
+    with pytest.raises(ValueError, match="every tensor needs"):
+        split_evenly([], 2)
 
 
 # --- evaluation -----------------------------------------------------------------------

@@ -17,7 +17,6 @@ data replaced, its main() run. Writes results/loop.md and loop.json.
 
 import argparse
 import contextlib
-import copy
 import importlib.util
 import io
 import json
@@ -40,14 +39,11 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
-
-from templates.training_utils import ModelEMA  # noqa: E402
 
 torch.set_num_threads(1)
 RESULTS = Path(__file__).parent / "results"
@@ -460,47 +456,6 @@ def table_of_steps(kind: str, times: dict[str, list[float]]) -> list[list[str]]:
     return rows
 
 
-def time_ema(rounds: int) -> list[list[str]]:
-    """Microseconds of an average over 200 tensors, three ways."""
-    torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(100)))
-    ours = ModelEMA(model, 0.999)
-    theirs = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
-    )
-    naive_model = copy.deepcopy(model)
-
-    @torch.no_grad()
-    def naive() -> None:
-        pairs = zip(naive_model.parameters(), model.parameters(), strict=True)
-        for average, parameter in pairs:
-            average.mul_(0.999).add_(parameter, alpha=0.001)
-
-    ways = {
-        "ModelEMA.update": lambda: ours.update(model),
-        "AveragedModel, multi_avg_fn": lambda: theirs.update_parameters(model),
-        "naive loop": naive,
-    }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, update in ways.items():
-            start = time.perf_counter()
-            for _ in range(20):
-                update()
-            times[name].append((time.perf_counter() - start) / 20 * 1e6)
-    rows = []
-    for name, values in times.items():
-        shares = [n / v for n, v in zip(times["naive loop"], values, strict=True)]
-        rows.append(
-            [
-                name,
-                f"{statistics.median(values):.0f}",
-                f"{statistics.median(shares):.1f}",
-            ]
-        )
-    return rows
-
-
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -549,7 +504,6 @@ def main() -> None:
             "tiny": time_steps(contenders, "tiny", turns),
             "small": time_steps(contenders, "small", max(4, turns // 4)),
         }
-    ema = time_ema(turns)
     cpu = next(
         (
             line.partition(":")[2].strip()
@@ -575,8 +529,6 @@ def main() -> None:
     for kind, times in results.items():
         text += f"\n## {titles[kind]}\n\n"
         text += markdown(header, table_of_steps(kind, times))
-    text += "\n## Averaged weights (EMA) of 200 tensors\n\n"
-    text += markdown(["update", "µs", "times as fast as naive"], ema)
     print(text)
     if not options.quick:
         RESULTS.mkdir(exist_ok=True)

@@ -29,8 +29,7 @@ class LoggerPosition:
     def __init__(self, path: Path, step: int | None) -> None:
         self.path = path
         self.run_id, self.step, self.names = uuid.uuid4().hex[:8], -1, set()
-        self.goes_on = step != 0 and path.exists()
-        if self.goes_on:
+        if step != 0 and path.exists():
             saved = json.loads(path.read_text(encoding="utf-8"))
             self.run_id, self.step = saved["run_id"], saved["step"]
             self.names = set(saved["names"])
@@ -158,7 +157,34 @@ class TensorBoardLogger(MetricsLogger):
             self._writer.add_text("config", table, 0)
 
 
-class WandbLogger(MetricsLogger):
+class RunLogger(MetricsLogger):
+    """What wandb and trackio share: a run of theirs that gets each value once.
+
+    Their constructors set `_guard`, `_position` and `_run`, which stays None where the
+    run cannot begin or is not wanted.
+    """
+
+    _guard: FirstFailure
+    _position: LoggerPosition
+    _run: Any = None
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Log the values of one step."""
+        if self._run is None:
+            return
+        with self._guard:
+            if new := self._position.select_new(step, values):
+                self._run.log(new, step=step)
+                self._position.advance(step, new)
+
+    def close(self) -> None:
+        """Send or write what is still under way."""
+        if self._run is not None:
+            with self._guard:
+                self._run.finish()
+
+
+class WandbLogger(RunLogger):
     """Log to Weights & Biases; `WANDB_MODE=offline` keeps all of it in `out_dir`.
 
     A restart goes on with the same run: its id is kept in wandb.json. Offline a process
@@ -187,7 +213,6 @@ class WandbLogger(MetricsLogger):
         active: bool = True,
         report: Callable[[str], None] = print,
     ) -> None:
-        self._run = None
         if not active:
             return
         try:
@@ -211,23 +236,8 @@ class WandbLogger(MetricsLogger):
             if self._run.resumed:  # online: the server knows what has arrived
                 self._position.step, self._position.names = self._run.step, set()
 
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Log the values of one step."""
-        if self._run is None:
-            return
-        with self._guard:
-            if new := self._position.select_new(step, values):
-                self._run.log(new, step=step)
-                self._position.advance(step, new)
 
-    def close(self) -> None:
-        """Send what is still under way."""
-        if self._run is not None:
-            with self._guard:
-                self._run.finish()
-
-
-class TrackioLogger(MetricsLogger):
+class TrackioLogger(RunLogger):
     """Log to trackio, which keeps everything on this machine (`trackio show`).
 
     A restart goes on with the same run: its name is kept in trackio.json.
@@ -254,7 +264,6 @@ class TrackioLogger(MetricsLogger):
         active: bool = True,
         report: Callable[[str], None] = print,
     ) -> None:
-        self._run = None
         if not active:
             return
         try:
@@ -273,21 +282,6 @@ class TrackioLogger(MetricsLogger):
                 config=dict(config),
                 resume="allow",
             )
-
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Log the values of one step."""
-        if self._run is None:
-            return
-        with self._guard:
-            if new := self._position.select_new(step, values):
-                self._run.log(new, step=step)
-                self._position.advance(step, new)
-
-    def close(self) -> None:
-        """Write what is still in memory."""
-        if self._run is not None:
-            with self._guard:
-                self._run.finish()
 
 
 def _select_numbers(values: Mapping[str, Any]) -> dict[str, float]:

@@ -264,6 +264,17 @@ def _batch_tensors(batch: Any) -> list[torch.Tensor]:
     return [tensor for part in batch for tensor in _batch_tensors(part)]
 
 
+def _count_samples(batch: Any) -> int:
+    """Return the length that all tensors of a batch have."""
+    lengths = {t.shape[0] if t.ndim else None for t in _batch_tensors(batch)}
+    if len(lengths) != 1 or None in lengths:
+        raise ValueError(
+            f"the batch's tensors have the lengths {sorted(map(str, lengths))}: every "
+            "tensor needs the same number of samples in its first dimension"
+        )
+    return lengths.pop()
+
+
 def _slice_batch(batch: Any, start: int, stop: int) -> Any:
     """Return samples start to stop of every tensor, in the batch's own structure."""
     if isinstance(batch, torch.Tensor):
@@ -291,13 +302,7 @@ def split_batch(batch: Any, micro_batch: int) -> Iterator[Any]:
     """
     if micro_batch < 1:
         raise ValueError(f"micro_batch={micro_batch}: at least 1 sample is needed")
-    lengths = {t.shape[0] if t.ndim else None for t in _batch_tensors(batch)}
-    if len(lengths) != 1 or None in lengths:
-        raise ValueError(
-            f"the batch's tensors have the lengths {sorted(map(str, lengths))}: every "
-            "tensor needs the same number of samples in its first dimension"
-        )
-    (length,) = lengths
+    length = _count_samples(batch)
     return (
         _slice_batch(batch, start, start + micro_batch)
         for start in range(0, length, micro_batch)
@@ -313,8 +318,11 @@ def split_evenly(batch: Any, pieces: int) -> Iterator[Any]:
     Args:
         batch: as for `split_batch`.
         pieces: at most the number of samples.
+
+    Raises:
+        ValueError: more pieces than samples or < 1, or tensors of unequal length.
     """
-    length = _batch_tensors(batch)[0].shape[0]
+    length = _count_samples(batch)
     if not 1 <= pieces <= length:
         raise ValueError(f"pieces={pieces}: a batch of {length} has 1 to {length}")
     bounds = [-(-length * k // pieces) for k in range(pieces + 1)]
@@ -505,10 +513,10 @@ def evaluate_model(
         with autocast():
             loss, outputs = compute_loss(model, inputs, targets)
         count = count_targets(targets)
-        # A rank's share may be empty, and the mean of nothing is NaN.
-        loss_sum = torch.where(
-            torch.as_tensor(count, device=loss.device) > 0, loss * count, 0.0
-        )
+        # A rank's share may be empty, and the mean of nothing is NaN. To make a tensor
+        # of a number would wait for the GPU, to add one does not.
+        is_empty = torch.zeros((), device=loss.device) + count <= 0
+        loss_sum = (loss * count).masked_fill(is_empty, 0.0)
         sums = {"loss": loss_sum, **measure(outputs, targets), "count": count}
         totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
     totals = dict(reduce(totals))
@@ -642,12 +650,17 @@ class _RepeatedContext(contextlib.AbstractContextManager):
         return self.context.__exit__(*error)
 
 
+def _selective_contexts() -> tuple[Any, Any]:
+    """Return the contexts of a forward that keeps some results, and of the second."""
+    return create_selective_checkpoint_contexts(list(KEPT_CHECKPOINT_OPS))
+
+
 def _checkpoint_contexts(
     block: nn.Module, selective: bool
 ) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
     """Return the contexts of the forward and of its recomputation."""
     forward_context, recompute_context = (
-        create_selective_checkpoint_contexts(list(KEPT_CHECKPOINT_OPS))
+        _selective_contexts()
         if selective
         else (contextlib.nullcontext(), contextlib.nullcontext())
     )
@@ -668,11 +681,7 @@ def _checkpointed_call(
         # The compiler recomputes inside its graph: statistics change once anyway, and
         # it knows no other contexts than the selective ones.
         if selective:
-            kwargs = kwargs | {
-                "context_fn": functools.partial(
-                    create_selective_checkpoint_contexts, list(KEPT_CHECKPOINT_OPS)
-                )
-            }
+            kwargs = kwargs | {"context_fn": _selective_contexts}
         return checkpoint(function, *args, use_reentrant=False, **kwargs)
     context_fn = functools.partial(_checkpoint_contexts, block, selective)
     if mode == "offload":
@@ -879,9 +888,7 @@ def enable_gradient_checkpointing(
     elif hugging_face and blocks is None:
         options: dict[str, Any] = {"use_reentrant": False}
         if mode == "selective":
-            options["context_fn"] = functools.partial(
-                create_selective_checkpoint_contexts, list(KEPT_CHECKPOINT_OPS)
-            )
+            options["context_fn"] = _selective_contexts
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         return model
     blocks = find_repeated_blocks(model) if blocks is None else list(blocks)

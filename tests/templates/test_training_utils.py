@@ -16,6 +16,8 @@ from templates.training_utils import (
     MixedPrecisionTrainer,
     NonFiniteError,
     check_finite,
+    count_right,
+    evaluate_model,
     get_cosine_warmup_scheduler,
     get_linear_warmup_scheduler,
     get_onecycle_warmup_scheduler,
@@ -23,6 +25,7 @@ from templates.training_utils import (
     gradients_are_finite,
     set_seed,
     split_batch,
+    split_evenly,
     step_optimizer,
     train_step_with_clipping,
 )
@@ -446,6 +449,93 @@ def test_split_batch_refuses_before_the_first_piece():
         split_batch([], 2)
     with pytest.raises(TypeError, match="str"):
         split_batch((x, ["a", "b", "c", "d"]), 2)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "sizes"), [(1, [10]), (3, [4, 3, 3]), (4, [3, 2, 3, 2]), (10, [1] * 10)]
+)
+def test_split_evenly_gives_as_many_pieces_as_were_asked_for(pieces, sizes):
+    x, y = torch.arange(20).view(10, 2), torch.arange(10)
+    parts = list(split_evenly({"x": x, "y": y}, pieces))
+    assert [len(part["y"]) for part in parts] == sizes
+    assert torch.equal(joined([part["x"] for part in parts]), x)
+    assert torch.equal(joined([part["y"] for part in parts]), y)
+
+
+def test_split_evenly_refuses_before_the_first_piece():
+    x = torch.zeros(4, 1)
+    for pieces in (0, 5):
+        with pytest.raises(ValueError, match=f"pieces={pieces}: a batch of 4 has 1 to"):
+            split_evenly(x, pieces)
+    with pytest.raises(ValueError, match="'3', '4'"):
+        split_evenly((x, torch.zeros(3)), 2)
+    with pytest.raises(ValueError, match="every tensor needs"):
+        split_evenly((torch.tensor(1.0), x), 2)
+    with pytest.raises(ValueError, match="every tensor needs"):
+        split_evenly([], 2)
+
+
+# --- evaluation -----------------------------------------------------------------------
+
+
+def cross_entropy_of(model, inputs, targets):
+    outputs = model(inputs)
+    return nn.functional.cross_entropy(outputs, targets), outputs
+
+
+def count_real(targets):
+    return (targets != -100).sum()
+
+
+@pytest.mark.parametrize("count_targets", [len, count_real])
+@pytest.mark.parametrize("sizes", [[7], [4, 3], [0, 4, 0, 3], [1] * 7])
+def test_evaluation_does_not_depend_on_how_the_samples_are_cut(count_targets, sizes):
+    model = make_model()
+    x, y = torch.randn(7, 4), torch.randint(0, 2, (7,))
+    if count_targets is count_real:
+        y[4:6] = -100  # batches of size 1 have no target at all then
+    loss, outputs = cross_entropy_of(model, x, y)
+    found = evaluate_model(
+        model,
+        zip(x.split(sizes), y.split(sizes), strict=True),
+        cross_entropy_of,
+        count_right,
+        count_targets,
+    )
+    right = (outputs.argmax(-1) == y).sum().item()
+    assert found == {
+        "val_loss": pytest.approx(loss.item(), rel=1e-6),
+        "val_accuracy": pytest.approx(right / count_targets(y)),
+    }
+
+
+@pytest.mark.parametrize("count_targets", [len, count_real])
+def test_an_evaluation_does_not_hide_a_loss_that_is_nan(count_targets):
+    batches = [
+        (torch.full((2, 4), value), torch.zeros(2).long()) for value in (1.0, math.nan)
+    ]
+    found = evaluate_model(
+        make_model(), batches, cross_entropy_of, count_right, count_targets
+    )
+    assert math.isnan(found["val_loss"])
+
+
+@pytest.mark.gpu
+def test_an_evaluation_waits_for_a_real_gpu_only_at_its_end():
+    model = make_model().cuda()
+    x = torch.randn(6, 4, device="cuda")
+    y = torch.randint(0, 2, (6,), device="cuda")
+
+    def batches(mode):
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            yield from [(x, y)] * 3
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    for mode in ("default", "error"):  # the first one creates workspaces
+        evaluate_model(model, batches(mode), cross_entropy_of, count_right)
 
 
 # --- optimizer steps ------------------------------------------------------------------

@@ -623,6 +623,7 @@ class HostBuffers:
         return result
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class StateSaver:
     """`save_training_state` in the background, for one process.
 
@@ -640,17 +641,12 @@ class StateSaver:
         folder, parts, keep: as for `save_training_state`.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        parts: Mapping[str, Any],
-        keep: int = 2,
-        report: Callable[[str], None] = print,
-    ) -> None:
-        self.folder = folder
-        self.parts = parts
-        self.keep = keep
-        self.report = report
+    folder: Path
+    parts: Mapping[str, Any]
+    keep: int = 2
+    report: Callable[[str], None] = print
+
+    def __post_init__(self) -> None:
         self._buffers = HostBuffers()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -756,6 +752,7 @@ def run_on_all_ranks(action: Callable[[], Any]) -> Any:
     return result
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class RankStateSaver(StateSaver):
     """`StateSaver` for several processes that hold the same state (DDP).
 
@@ -773,16 +770,7 @@ class RankStateSaver(StateSaver):
             each rank sums up for itself; each rank gets its own back.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        parts: Mapping[str, Any],
-        keep: int = 2,
-        report: Callable[[str], None] = print,
-        rank_parts: Collection[str] = (),
-    ) -> None:
-        super().__init__(folder, parts, keep, report)
-        self.rank_parts = rank_parts
+    rank_parts: Collection[str] = ()
 
     def resume(self, device: torch.device | None = None) -> Path | None:
         """Load on every rank the file that rank 0 finds to be the newest whole one.
@@ -991,14 +979,8 @@ class ShardedStateSaver(StateSaver):
         parts, keep: as for `save_training_state`; one part is the sharded model.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        parts: Mapping[str, Any],
-        keep: int = 2,
-        report: Callable[[str], None] = print,
-    ) -> None:
-        super().__init__(folder, parts, keep, report)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._group = dist.new_group(backend="gloo")  # the writing thread's
 
     def save(self, step: int) -> None:

@@ -272,6 +272,11 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     return model
 
 
+def in_process_group() -> bool:
+    """Whether this process is a rank, which has to agree with others."""
+    return dist.is_available() and dist.is_initialized()
+
+
 @torch.no_grad()
 def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
     """The whole weights of a sharded model (FSDP2) on rank 0's CPU, None elsewhere.
@@ -279,9 +284,7 @@ def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
     Every rank has to call it; one tensor at a time is whole on the device. Of other
     models it is what their state_dict holds, on rank 0 or without ranks.
     """
-    is_writer = not (dist.is_available() and dist.is_initialized()) or (
-        dist.get_rank() == 0
-    )
+    is_writer = not in_process_group() or dist.get_rank() == 0
     weights = unwrap_model(model).state_dict(keep_vars=True)
     gathered: dict[int, torch.Tensor | None] = {}
     for name, tensor in weights.items():
@@ -718,7 +721,7 @@ def run_on_rank_zero(action: Callable[[], Any]) -> Any:
     Raises:
         CheckpointError: rank 0's action raised one; nobody waits for it in vain.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not in_process_group():
         return action()
     result = [None, None]
     if dist.get_rank() == 0:
@@ -738,7 +741,7 @@ def run_on_all_ranks(action: Callable[[], Any]) -> Any:
     Raises:
         CheckpointError: it raised one on some rank; no other goes on alone.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not in_process_group():
         return action()
     result, failure = None, None
     try:
@@ -778,7 +781,7 @@ class RankStateSaver(StateSaver):
         Raises:
             CheckpointError: on every rank, if any cannot go on.
         """
-        if not (dist.is_available() and dist.is_initialized()):
+        if not in_process_group():
             return super().resume(device)
         self.wait()
         found = None
@@ -819,7 +822,7 @@ class RankStateSaver(StateSaver):
             CheckpointError: on every rank, the disk refused the save before this one.
             TypeError: a part's state holds an object that would not load safely.
         """
-        if not (dist.is_available() and dist.is_initialized()):
+        if not in_process_group():
             return super().save(step)
         run_on_all_ranks(self.wait)
         own = {name: self.parts[name] for name in self.rank_parts}
@@ -1152,7 +1155,7 @@ class LogPosition:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Cut the log back to `state["bytes"]`."""
-        if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+        if in_process_group() and dist.get_rank() > 0:
             return
         if self.path.exists() and self.path.stat().st_size > state["bytes"]:
             os.truncate(self.path, state["bytes"])

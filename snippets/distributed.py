@@ -3,6 +3,7 @@
 Not when the model does not fit on one device (fully_shard), nor for a first try.
 """
 
+import gc
 import os
 
 import torch
@@ -31,6 +32,12 @@ def own_share(x: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
     return x[:usable][rank::ranks]
 
 
+def finish() -> None:
+    """At the end of every rank, when its model is gone."""
+    gc.collect()  # else DDP's cycles hold the group, and gloo aborts the process's end
+    dist.destroy_process_group()
+
+
 def train(model: nn.Module, x: torch.Tensor, steps: int) -> torch.Tensor:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     for _ in range(steps):
@@ -56,5 +63,6 @@ if __name__ == "__main__":
         dist.broadcast(first, src=0)
         assert torch.equal(first, trained), "ranks have drifted apart"
         dist.barrier()  # no rank leaves while another still needs it
-        dist.destroy_process_group()
+        del model
+        finish()
     print(f"rank {rank} of {ranks}: as one process on the whole batch")

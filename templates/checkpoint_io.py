@@ -272,6 +272,11 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     return model
 
 
+def in_process_group() -> bool:
+    """Whether this process is a rank, which has to agree with others."""
+    return dist.is_available() and dist.is_initialized()
+
+
 @torch.no_grad()
 def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
     """The whole weights of a sharded model (FSDP2) on rank 0's CPU, None elsewhere.
@@ -279,9 +284,7 @@ def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor] | None:
     Every rank has to call it; one tensor at a time is whole on the device. Of other
     models it is what their state_dict holds, on rank 0 or without ranks.
     """
-    is_writer = not (dist.is_available() and dist.is_initialized()) or (
-        dist.get_rank() == 0
-    )
+    is_writer = not in_process_group() or dist.get_rank() == 0
     weights = unwrap_model(model).state_dict(keep_vars=True)
     gathered: dict[int, torch.Tensor | None] = {}
     for name, tensor in weights.items():
@@ -623,6 +626,7 @@ class HostBuffers:
         return result
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class StateSaver:
     """`save_training_state` in the background, for one process.
 
@@ -640,17 +644,12 @@ class StateSaver:
         folder, parts, keep: as for `save_training_state`.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        parts: Mapping[str, Any],
-        keep: int = 2,
-        report: Callable[[str], None] = print,
-    ) -> None:
-        self.folder = folder
-        self.parts = parts
-        self.keep = keep
-        self.report = report
+    folder: Path
+    parts: Mapping[str, Any]
+    keep: int = 2
+    report: Callable[[str], None] = print
+
+    def __post_init__(self) -> None:
         self._buffers = HostBuffers()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -722,7 +721,7 @@ def run_on_rank_zero(action: Callable[[], Any]) -> Any:
     Raises:
         CheckpointError: rank 0's action raised one; nobody waits for it in vain.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not in_process_group():
         return action()
     result = [None, None]
     if dist.get_rank() == 0:
@@ -742,7 +741,7 @@ def run_on_all_ranks(action: Callable[[], Any]) -> Any:
     Raises:
         CheckpointError: it raised one on some rank; no other goes on alone.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not in_process_group():
         return action()
     result, failure = None, None
     try:
@@ -756,6 +755,7 @@ def run_on_all_ranks(action: Callable[[], Any]) -> Any:
     return result
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class RankStateSaver(StateSaver):
     """`StateSaver` for several processes that hold the same state (DDP).
 
@@ -773,16 +773,7 @@ class RankStateSaver(StateSaver):
             each rank sums up for itself; each rank gets its own back.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        parts: Mapping[str, Any],
-        keep: int = 2,
-        report: Callable[[str], None] = print,
-        rank_parts: Collection[str] = (),
-    ) -> None:
-        super().__init__(folder, parts, keep, report)
-        self.rank_parts = rank_parts
+    rank_parts: Collection[str] = ()
 
     def resume(self, device: torch.device | None = None) -> Path | None:
         """Load on every rank the file that rank 0 finds to be the newest whole one.
@@ -790,7 +781,7 @@ class RankStateSaver(StateSaver):
         Raises:
             CheckpointError: on every rank, if any cannot go on.
         """
-        if not (dist.is_available() and dist.is_initialized()):
+        if not in_process_group():
             return super().resume(device)
         self.wait()
         found = None
@@ -831,7 +822,7 @@ class RankStateSaver(StateSaver):
             CheckpointError: on every rank, the disk refused the save before this one.
             TypeError: a part's state holds an object that would not load safely.
         """
-        if not (dist.is_available() and dist.is_initialized()):
+        if not in_process_group():
             return super().save(step)
         run_on_all_ranks(self.wait)
         own = {name: self.parts[name] for name in self.rank_parts}
@@ -991,14 +982,8 @@ class ShardedStateSaver(StateSaver):
         parts, keep: as for `save_training_state`; one part is the sharded model.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        parts: Mapping[str, Any],
-        keep: int = 2,
-        report: Callable[[str], None] = print,
-    ) -> None:
-        super().__init__(folder, parts, keep, report)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._group = dist.new_group(backend="gloo")  # the writing thread's
 
     def save(self, step: int) -> None:
@@ -1170,7 +1155,7 @@ class LogPosition:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Cut the log back to `state["bytes"]`."""
-        if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+        if in_process_group() and dist.get_rank() > 0:
             return
         if self.path.exists() and self.path.stat().st_size > state["bytes"]:
             os.truncate(self.path, state["bytes"])

@@ -313,8 +313,9 @@ def continue_run(
         ConfigError: another setting or fact differs from what the run began with.
     """
     folder = Path(out_dir)
+    kept = {"config.json": asdict(config), "facts.json": facts or {}}
     changed = []
-    for name, values in (("config.json", asdict(config)), ("facts.json", facts or {})):
+    for name, values in kept.items():
         if not (folder / name).exists():
             continue
         began = read_config_file(str(folder / name))
@@ -328,8 +329,8 @@ def continue_run(
             f"{out_dir} holds a run with other settings ({'; '.join(changed)}):"
             " put them back, or start another run with --out-dir"
         )
-    write_settings(folder / "config.json", asdict(config))
-    write_settings(folder / "facts.json", facts or {})
+    for name, values in kept.items():
+        write_settings(folder / name, values)
     return folder
 
 

@@ -351,8 +351,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        total = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
+        total = sum_over_ranks(gradient)
         return total[ctx.start : ctx.start + ctx.count], None
 
 
@@ -369,7 +368,7 @@ def gather_rows(x_BD: torch.Tensor) -> torch.Tensor:
         return x_BD
     counts = torch.zeros(ranks, dtype=torch.int64)
     counts[distributed_rank()] = len(x_BD)
-    dist.all_reduce(counts)  # over the CPU: the GPU is not waited for
+    counts = sum_over_ranks(counts)  # over the CPU: the GPU is not waited for
     return _GatherRows.apply(x_BD, counts.tolist())
 
 

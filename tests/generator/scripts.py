@@ -2,10 +2,14 @@
 
 import csv
 import functools
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -181,10 +185,54 @@ def run(
     return output
 
 
+def start(script: Path, *words: str, ranks: int = 0, **options: Any):
+    """The process of a script, to be killed or signalled."""
+    return subprocess.Popen(
+        command_line(script, *words, ranks=ranks),
+        cwd=script.parent,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # A job in a shell's background ignores Ctrl-C; these tests may be run in one.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        **options,
+    )
+
+
+def wait_for_lines(log: Path, count: int, process: subprocess.Popen) -> None:
+    """Until the log has `count` lines, or the process has ended."""
+    while process.poll() is None:
+        if log.exists() and log.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.005)
+
+
+def assert_clean_to_ruff(folder: Path) -> None:
+    """Lint and format of the scripts in a folder, each in a folder of its own."""
+    rules = "E,F,W,I,B,UP,SIM,C4,RUF,PIE,RET"
+    # One root a script, as a user has it: its tools are a module of its own.
+    src = json.dumps([str(path) for path in folder.iterdir()])
+    for words in (
+        ["check", "--select", rules, "--config", f"src = {src}"],
+        ["format", "--check"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *words, "--isolated", str(folder)],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout[:3000] + done.stderr[:1000]
+
+
 def newest_state(out_dir: Path) -> dict:
     """The newest training state of a run, as saved."""
     path = max((out_dir / "checkpoints").glob("step-*.pt"))
     return torch.load(path, weights_only=True)
+
+
+def best_weights(out_dir: Path) -> dict[str, torch.Tensor]:
+    """The model of a run's best.pt."""
+    return torch.load(out_dir / "best.pt", weights_only=True)["model_state_dict"]
 
 
 def same(left, right) -> bool:

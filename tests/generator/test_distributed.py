@@ -4,33 +4,28 @@ import json
 import os
 import random
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from generator.options import TASKS
 
 from .scripts import (
     EXACT,
-    command_line,
+    best_weights,
     data_words,
-    environment,
     largest_difference,
     run,
     same,
+    start,
+    wait_for_lines,
     write_script,
 )
 from .test_oom import SHORT_OF_MEMORY
 
 # What `make test` runs of all tasks x {ddp, fsdp} x {2, 3} ranks; each takes a while.
 QUICK = {("lm", "ddp", 3), ("text", "fsdp", 2), ("embedding", "ddp", 2)}
-
-
-def best_weights(out_dir: Path) -> dict[str, torch.Tensor]:
-    return torch.load(out_dir / "best.pt", weights_only=True)["model_state_dict"]
 
 
 def logged(out_dir: Path) -> list[float]:
@@ -87,26 +82,6 @@ def test_accumulation_and_one_rank_out_of_memory_change_nothing(task, tmp_path):
     assert largest_difference(*weights) < 1e-9
 
 
-def start_ranks(script: Path, *words: str) -> subprocess.Popen:
-    """Two ranks in a process group of their own."""
-    return subprocess.Popen(
-        command_line(script, *words, ranks=2),
-        cwd=script.parent,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-
-
-def wait_for_lines(log: Path, count: int, process: subprocess.Popen) -> None:
-    """Until the log has `count` lines, or the process has ended."""
-    while process.poll() is None:
-        if log.exists() and log.read_bytes().count(b"\n") >= count:
-            return
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_killed_and_stopped_ranks_go_on_exactly(kind, tmp_path):
     """kill -9 of all processes at a random moment, then SIGTERM; dropout is on."""
@@ -115,13 +90,14 @@ def test_killed_and_stopped_ranks_go_on_exactly(kind, tmp_path):
     words = [*data_words("text", tmp_path), "--save-every=2"]
     run(script, *words, "--out-dir=whole", ranks=2)
     log = tmp_path / "cut/metrics.jsonl"
-    process = start_ranks(script, *words, "--out-dir=cut")
+    ranks = {"ranks": 2, "start_new_session": True}
+    process = start(script, *words, "--out-dir=cut", **ranks)
     wait_for_lines(log, 2, process)
     time.sleep(random.Random(kind).random() * 0.2)
     assert process.poll() is None
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    process = start_ranks(script, *words, "--out-dir=cut")
+    process = start(script, *words, "--out-dir=cut", **ranks)
     wait_for_lines(log, 5, process)
     process.send_signal(signal.SIGTERM)  # torchrun hands it to both ranks
     process.wait(timeout=120)

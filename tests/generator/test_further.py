@@ -22,6 +22,8 @@ from generator.stitch import (
     stitch_script,
 )
 
+from .scripts import assert_clean_to_ruff
+
 ROOT = Path(__file__).resolve().parents[2]
 WRITERS = [section for section in SECTIONS.values() if section.writes[0]]
 FLAGS = [section.flag for section in WRITERS]
@@ -155,8 +157,8 @@ def test_they_are_clean_to_ruff(tmp_path):
         ["--resume", "--oom-recovery"],
         ["--amp", "--oom-recovery"],
     ]
-    number = 0
-    for task, chosen, split in itertools.product(TASKS, sets, (False, True)):
+    rows = itertools.product(TASKS, sets, (False, True))
+    for number, (task, chosen, split) in enumerate(rows):
         lacks = {"--slurm"} if "--resume" not in chosen else set()
         name = ("train", "run7")[number % 2]
         folder = tmp_path / str(number)
@@ -168,19 +170,7 @@ def test_they_are_clean_to_ruff(tmp_path):
             (folder / f"{name}_tools.py").write_text(script.tools)
         for file, text in script.further.items():
             (folder / file).write_text(text)
-        number += 1
-    rules = "E,F,W,I,B,UP,SIM,C4,RUF,PIE,RET"
-    src = json.dumps([str(tmp_path / str(n)) for n in range(number)])
-    for words in (
-        ["check", "--select", rules, "--config", f"src = {src}"],
-        ["format", "--check"],
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "ruff", *words, "--isolated", str(tmp_path)],
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout[:3000] + done.stderr[:1000]
+    assert_clean_to_ruff(tmp_path)
 
 
 def test_same_bytes_under_other_hash_seeds(tmp_path):

@@ -67,6 +67,15 @@ def trained(folder: Path, task: str) -> Path:
     return folder
 
 
+def load_best(folder: Path, task: str):
+    """A module of a trained script, its best model in eval mode, and its spec."""
+    train = import_file(folder / "train.py")
+    best = read_checkpoint_file(folder / f"runs/{task}/best.pt")
+    model = train.build_model(**best["spec"])
+    model.load_state_dict(best["model_state_dict"])
+    return train, model.eval(), best["spec"]
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     folder = trained(tmp_path_factory.mktemp("text"), "text")
@@ -85,11 +94,7 @@ def image(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def text_truth(text) -> list[tuple[str, float]]:
     """Label and probability of each new text, from the model itself, one by one."""
-    train = import_file(text / "train.py")
-    best = read_checkpoint_file(text / "runs/text/best.pt")
-    model = train.build_model(**best["spec"])
-    model.load_state_dict(best["model_state_dict"])
-    model.eval()
+    train, model, spec = load_best(text, "text")
     with open(text / "new.csv", newline="", encoding="utf-8") as file:
         texts = [row["text"] for row in csv.DictReader(file)]
     found = []
@@ -97,7 +102,7 @@ def text_truth(text) -> list[tuple[str, float]]:
         for words in texts:
             logits = model(train.tokenize([words]))[0]
             number = int(logits.argmax())
-            found.append((best["spec"]["classes"][number], logits.softmax(-1)[number]))
+            found.append((spec["classes"][number], logits.softmax(-1)[number]))
     return found
 
 
@@ -147,11 +152,7 @@ def test_other_kinds_of_files_give_the_same_as_csv(kind, text):
 
 def test_image_equals_the_model_and_names_the_files(image):
     predict(image, "--data=digits", "--batch-size=7", "--num-workers=0")
-    train = import_file(image / "train.py")
-    best = read_checkpoint_file(image / "runs/image/best.pt")
-    model = train.build_model(**best["spec"])
-    model.load_state_dict(best["model_state_dict"])
-    model.eval()
+    train, model, spec = load_best(image, "image")
     found = records(image / "predictions.jsonl")
     assert [r["path"] for r in found] == sorted(
         str(p.relative_to(image)) for p in (image / "digits").rglob("*.png")
@@ -163,7 +164,7 @@ def test_image_equals_the_model_and_names_the_files(image):
             batch = train.collate_images([sample])
             probabilities = train.compute_loss(model, *batch)[1][0].softmax(-1)
             number = int(probabilities.argmax())
-            assert record["label"] == best["spec"]["classes"][number]
+            assert record["label"] == spec["classes"][number]
             assert abs(record["probability"] - probabilities[number]) < 1e-5
 
 
@@ -186,11 +187,7 @@ def test_an_exported_program_runs_without_the_script(task, request, tmp_path):
     folder = request.getfixturevalue(task)
     predict(folder, f"--export={tmp_path / 'model.pt2'}")
     program = torch.export.load(tmp_path / "model.pt2").module()
-    train = import_file(folder / "train.py")
-    best = read_checkpoint_file(folder / f"runs/{task}/best.pt")
-    model = train.build_model(**best["spec"])
-    model.load_state_dict(best["model_state_dict"])
-    model.eval()
+    train, model, _ = load_best(folder, task)
     for count, length in ((1, 3), (5, 1), (9, 40)):
         inputs = torch.randint(1, 8000, (count, length))
         if task == "image":
@@ -262,15 +259,11 @@ def test_an_unreadable_image_is_named(image):
 
 
 def trained_on(folder: Path, task: str, data: str, *words: str):
-    """A module of a trained script, its model in eval mode, and its spec."""
+    """What `load_best` gives of a script trained on this data."""
     script = write_script(folder, "--task", task, "--predict")
     settings = ["--epochs=1", "--batch-size=8", "--num-workers=0", *words]
     run(script, f"--data={data}", *settings)
-    train = import_file(script)
-    best = read_checkpoint_file(folder / f"runs/{task}/best.pt")
-    model = train.build_model(**best["spec"])
-    model.load_state_dict(best["model_state_dict"])
-    return train, model.eval(), best["spec"]
+    return load_best(folder, task)
 
 
 def test_lm_scores_are_those_of_one_text_at_a_time_and_it_continues(tmp_path):

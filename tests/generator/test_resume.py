@@ -8,12 +8,9 @@ import functools
 import os
 import random
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,10 +20,11 @@ from .scripts import (
     END_AFTER_FOUR_SAVES,
     SOME_TASKS,
     data_words,
-    environment,
     newest_state,
     run,
     same,
+    start,
+    wait_for_lines,
     write_script,
 )
 
@@ -65,27 +63,6 @@ def assert_as_uninterrupted(task: str, out_dir: Path) -> None:
     state, log = finished(out_dir)
     assert log == uninterrupted(task)[1]
     assert same(state, uninterrupted(task)[0])
-
-
-def start(script: Path, *words: str, **options: Any) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(script), *words],
-        cwd=script.parent,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        # A job in a shell's background ignores Ctrl-C; these tests may be run in one.
-        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-        **options,
-    )
-
-
-def wait_for_lines(log: Path, count: int, process: subprocess.Popen) -> None:
-    """Until the log has `count` lines, or the process has ended."""
-    while process.poll() is None:
-        if log.exists() and log.read_bytes().count(b"\n") >= count:
-            return
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("task", SOME_TASKS)

@@ -5,14 +5,10 @@ from out of memory, profiling, ...) is compared to the bit with the script witho
 """
 
 import itertools
-import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 from allpairspy import AllPairs
 
 from generator.options import (
@@ -29,6 +25,8 @@ from generator.stitch import Library
 
 from .scripts import (
     EXACT,
+    assert_clean_to_ruff,
+    best_weights,
     data_words,
     largest_difference,
     newest_state,
@@ -130,8 +128,7 @@ def run_and_read(folder: Path, flags: dict[str, str | None]) -> tuple[str, dict]
     ranks = 2 if flags.get("distributed") else 0
     output = run(script, *words, ranks=ranks, TORCHDYNAMO_DISABLE="1")
     assert f"weights in {Path('run/best.pt')}" in output
-    best = torch.load(folder / "run/best.pt", weights_only=True)
-    return (folder / "run/metrics.jsonl").read_text(), best["model_state_dict"]
+    return (folder / "run/metrics.jsonl").read_text(), best_weights(folder / "run")
 
 
 @pytest.mark.parametrize(
@@ -205,19 +202,7 @@ def test_scripts_are_clean_to_ruff_and_short_enough_to_own(count, tmp_path):
                 (folder / name).write_text(text)
         yours = script.text.partition("# --- Settings")[2].partition("# --- templates/")
         assert yours[0].count("\n") < 330
-    rules = "E,F,W,I,B,UP,SIM,C4,RUF,PIE,RET"
-    ruff = [sys.executable, "-m", "ruff"]
-    # One root a script, as a user has it: its tools are a module of its own.
-    folders = [str(folder) for folder in tmp_path.iterdir()]
-    src = "src = [" + ", ".join(map(json.dumps, folders)) + "]"
-    for words in (
-        ["check", "--isolated", "--select", rules, "--config", src],
-        ["format", "--isolated", "--check"],
-    ):
-        done = subprocess.run(
-            [*ruff, *words, str(tmp_path)], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout[:3000] + done.stderr[:1000]
+    assert_clean_to_ruff(tmp_path)
 
 
 @pytest.mark.parametrize("task", TASKS)

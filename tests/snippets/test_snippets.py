@@ -158,14 +158,7 @@ def test_every_section_of_the_guide_has_a_snippet():
     assert MUTANTS.keys() == set(NAMES)
 
 
-# Gloo's threads may abort a rank at exit (see cleanup_distributed): not in `make test`.
-PROVEN = [
-    pytest.param(p, marks=pytest.mark.slow if n == "distributed" else ())
-    for p, n in zip(PATHS, NAMES, strict=True)
-]
-
-
-@pytest.mark.parametrize("path", PROVEN, ids=NAMES)
+@pytest.mark.parametrize("path", PATHS, ids=NAMES)
 def test_snippet_proves_itself(path, tmp_path):
     done = run(command(path), tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -8,7 +8,6 @@
 All figures in GB are 1e9 bytes.
 """
 
-import contextlib
 import functools
 import os
 import platform
@@ -80,11 +79,11 @@ def claim_single_device(force_cpu: bool = False) -> torch.device:
 
 def make_autocast(
     device: torch.device, dtype: torch.dtype
-) -> Callable[[], contextlib.AbstractContextManager]:
-    """Return what opens autocast to a dtype; for fp32 it does nothing, at no cost."""
-    if dtype == torch.float32:
-        return contextlib.nullcontext
-    return functools.partial(torch.autocast, device.type, dtype)
+) -> Callable[[], torch.autocast]:
+    """Return what opens autocast to a dtype; for fp32 it does nothing."""
+    return functools.partial(
+        torch.autocast, device.type, dtype, enabled=dtype != torch.float32
+    )
 
 
 def _has_native_bf16(device: torch.device) -> bool:

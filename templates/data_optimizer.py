@@ -345,16 +345,44 @@ def _tensor_type(pa: Any, kind: Any) -> Any:
 
 
 class _BlockSource(abc.ABC):
-    """Rows of many files as blocks that can be read apart from each other.
+    """What a stream reads: rows in blocks that can be read apart from each other.
 
     Attributes:
         block_rows: (blocks,) rows of each block.
         block_file: (blocks,) number of its file in `files`.
+        first_file: that the types are from.
         types: column name -> Arrow type of the file (or as column_types asks).
         row_bytes: rough size of a row, to bound windows by memory.
         together: how many large blocks to read side by side.
+        on_error: "raise" or "skip", for what cannot be read.
         skipped: what could not be read, file and cause.
     """
+
+    files: list[str]
+    block_rows: Any
+    block_file: Any
+    first_file: str
+    types: dict[str, Any]
+    row_bytes: int
+    together: int
+    on_error: str
+    skipped: list[str]
+
+    @abc.abstractmethod
+    def read(
+        self, block: int, batch_rows: int, convert: Callable[[str, str, Any], Any]
+    ) -> Iterator[tuple[int, list[Any]]]:
+        """Yield (rows, converted arrays in the order of `types`) of a block."""
+
+    def select(self, column: str) -> "_BlockSource":
+        """Return the same rows with one column."""
+        selected = copy.copy(self)
+        selected.types = {column: self.types[column]}
+        return selected
+
+
+class _FileSource(_BlockSource):
+    """Rows of many files, whose blocks are found when it is made."""
 
     typed = True  # every file says which types its columns have
     together = 8
@@ -379,9 +407,7 @@ class _BlockSource(abc.ABC):
             name: pa.type_for_alias(kind) if isinstance(kind, str) else kind
             for name, kind in (column_types or {}).items()
         }
-        self.types: dict[str, Any] = {}
-        self.skipped: list[str] = []
-        self.first_file = ""
+        self.types, self.skipped, self.first_file = {}, [], ""
         blocks: list[tuple[int, int, Any]] = []
         size = 0
         # Footers of many remote files arrive together; 16 requests are polite.
@@ -427,12 +453,6 @@ class _BlockSource(abc.ABC):
     @abc.abstractmethod
     def _read_raw(self, block: int, batch_rows: int) -> Iterator[Any]:
         """Yield a block as Arrow record batches of at most about batch_rows rows."""
-
-    def select(self, column: str) -> "_BlockSource":
-        """Return the same rows with one column."""
-        selected = copy.copy(self)
-        selected.types = {column: self.types[column]}
-        return selected
 
     def _check_schema(self, file: str, schema: Any) -> None:
         """Take the columns from the first file and hold the others against them."""
@@ -484,7 +504,7 @@ class _BlockSource(abc.ABC):
             )
 
 
-class _ParquetSource(_BlockSource):
+class _ParquetSource(_FileSource):
     """Row groups of Parquet files, indexed by their footers alone."""
 
     def __init__(self, *args: Any, filters: Any = None):
@@ -593,7 +613,10 @@ class _SplitSource(_BlockSource):
 
     def __init__(self, source: _BlockSource, count: int, seed: int, drawn: bool):
         np = _import_data_package("numpy", "numpy")
-        self.__dict__.update(source.__dict__)  # the list of what was skipped is shared
+        self.files, self.block_file = source.files, source.block_file
+        self.first_file, self.types = source.first_file, source.types
+        self.row_bytes, self.together = source.row_bytes, source.together
+        self.on_error, self.skipped = source.on_error, source.skipped  # one list
         self.inner, self.count, self.drawn = source, count, drawn
         self.salt = random.Random(f"split/{seed}").getrandbits(64)
         self.total = int(source.block_rows.sum())
@@ -619,11 +642,6 @@ class _SplitSource(_BlockSource):
             bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
         bits ^= bits >> np.uint64(31)
         return low + (bits % (high - low).astype(np.uint64)).astype(np.int64)
-
-    def _index_file(self, file: str) -> Any:
-        raise NotImplementedError("the source it was split from has the index")
-
-    _read_raw = _index_file
 
     def select(self, column: str) -> "_BlockSource":
         """Return the same rows with one column."""
@@ -1314,7 +1332,7 @@ def _scan_lines(
     return rows, stops, int(np.count_nonzero(is_quote)) & 1
 
 
-class _LineSource(_BlockSource):
+class _LineSource(_FileSource):
     """CSV and JSONL files as blocks of whole rows, found by one pass over the bytes.
 
     The pass counts rows (about 1 GB/s) and is what makes the order, equal steps and

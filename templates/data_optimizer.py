@@ -1263,40 +1263,6 @@ class _WindowFeed(IterableDataset):
             yield counts, whole, chunk
 
 
-def _cut_lines(
-    stream: Any, block_bytes: int, quote: int | None
-) -> Iterator[tuple[bytes, int]]:
-    """Cut a text stream after whole rows: (bytes, rows that are not blank)."""
-    np = _import_data_package("numpy", "numpy")
-    rest = b""
-    while True:
-        data = stream.read(block_bytes)
-        block = rest + data
-        if not block:
-            return
-        letters = np.frombuffer(block, np.uint8)
-        if quote is None:
-            ends = np.flatnonzero(letters == 10)
-        else:  # a newline after an odd number of quotes is text
-            marks = np.flatnonzero((letters == 10) | (letters == quote))
-            quotes = letters[marks] == quote
-            inside = np.cumsum(quotes, dtype=np.int32) & 1 == 1
-            ends = marks[~quotes & ~inside]
-        if not data and (not len(ends) or ends[-1] != len(block) - 1):
-            ends = np.append(ends, len(block))
-        if not len(ends):
-            rest = block
-            continue
-        starts = np.append(0, ends[:-1] + 1)
-        length = ends - starts
-        blank = length == 0
-        short = np.flatnonzero(length == 1)
-        blank[short] = letters[starts[short]] == 13
-        cut = int(ends[-1]) + 1
-        yield block[:cut], len(ends) - int(blank.sum())
-        rest = block[cut:]
-
-
 def _scan_lines(
     piece: bytes, lead: int, quote: int | None
 ) -> tuple[list[int], list[int], int]:
@@ -1332,6 +1298,23 @@ def _scan_lines(
     return rows, stops, int(np.count_nonzero(is_quote)) & 1
 
 
+def _cut_lines(
+    stream: Any, block_bytes: int, quote: int | None
+) -> Iterator[tuple[bytes, int]]:
+    """Cut a text stream after whole rows: (bytes, rows that are not blank)."""
+    rest = b""
+    while data := stream.read(block_bytes):
+        block = rest + data
+        (count, _), (stop, _), _ = _scan_lines(block, 0, quote)
+        if stop < 0:
+            rest = block
+            continue
+        yield block[:stop], count
+        rest = block[stop:]
+    if rest:  # no newline at the end
+        yield rest, int(rest != b"\r")
+
+
 class _LineSource(_FileSource):
     """CSV and JSONL files as blocks of whole rows, found by one pass over the bytes.
 
@@ -1361,21 +1344,24 @@ class _LineSource(_FileSource):
         packed = Path(file).suffix in (".gz", ".zst", ".bz2", ".lz4")
         return packed or self.encoding.startswith(("utf-16", "utf-32"))
 
+    def _quote(self, file: str) -> int | None:
+        """Return the byte between which newlines are text."""
+        # JSON writes a newline in a string as backslash n.
+        if self._is_json(file) or not self.quote_char:
+            return None
+        return ord(self.quote_char)
+
     def _cut_file(self, file: str) -> Iterator[tuple[bytes, int]]:
         pa = _import_data_package("pyarrow", "pyarrow")
-        quote = self.quote_char
-        if self._is_json(file):
-            quote = None  # JSON writes a newline in a string as backslash n
         with self.filesystem.open_input_stream(file) as opened:
             stream = opened
             if self._is_whole(file) and self.encoding not in ("utf-8", "utf8"):
                 stream = pa.transcoding_input_stream(opened, self.encoding, "utf-8")
-            code = None if quote is None else ord(quote)
-            yield from _cut_lines(stream, _LINE_BLOCK_BYTES, code)
+            yield from _cut_lines(stream, _LINE_BLOCK_BYTES, self._quote(file))
 
     def _scan_file(self, file: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Cut a file into blocks of whole rows: rows, and (offset, bytes), of each."""
-        quote = None if self._is_json(file) or not self.quote_char else self.quote_char
+        quote = self._quote(file)
         size = self.filesystem.get_file_info(file).size
         starts = range(0, size, _LINE_BLOCK_BYTES)
         rows: list[int] = []
@@ -1385,7 +1371,7 @@ class _LineSource(_FileSource):
         def scan(start: int) -> tuple[list[int], list[int], int]:
             lead = min(2, start)
             piece = opened.read_at(_LINE_BLOCK_BYTES + lead, start - lead)
-            return _scan_lines(piece, lead, quote and ord(quote))
+            return _scan_lines(piece, lead, quote)
 
         with (
             self.filesystem.open_input_file(file) as opened,

@@ -1395,26 +1395,24 @@ class _LineSource(_FileSource):
         return rows, keys
 
     def _index_file(self, file: str) -> tuple[Any, list[int], list[Any], int]:
-        if not self._is_whole(file):
+        if self._is_whole(file):
+            head, count, nbytes = b"", 0, 0
+            for data, rows_here in self._cut_file(file):
+                head = head or data
+                count += rows_here
+                nbytes += len(data)
+            rows, keys = [count], [(0, -1)]
+        else:
             rows, keys = self._scan_file(file)
-            if not keys:
-                raise DataError(f"{file} is empty: remove it, or pass on_error='skip'")
+            nbytes = sum(length for _, length in keys)
             with self.filesystem.open_input_file(file) as opened:
-                schema = self._parse(file, opened.read_at(keys[0][1], 0), None).schema
-            rows[0] -= not self._is_json(file)
-            self.names[file] = schema.names
-            return schema, rows, keys, sum(length for _, length in keys)
-        rows, offset, schema = [], 0, None
-        for data, count in self._cut_file(file):
-            if schema is None:
-                schema = self._parse(file, data, None).schema
-                count -= not self._is_json(file)
-            rows.append(count)
-            offset += len(data)
-        if schema is None:
+                head = opened.read_at(keys[0][1] if keys else 0, 0)
+        if not head:
             raise DataError(f"{file} is empty: remove it, or pass on_error='skip'")
+        schema = self._parse(file, head, None).schema
+        rows[0] -= not self._is_json(file)
         self.names[file] = schema.names
-        return schema, [sum(rows)], [(0, -1)], offset
+        return schema, rows, keys, nbytes
 
     def _parse(self, file: str, data: bytes, names: list[str] | None) -> Any:
         """Parse whole rows; `names` None: the first row of the file is among them."""

@@ -1149,7 +1149,8 @@ class _WindowFeed(IterableDataset):
                 share, first, chunk, parts = ahead
                 done = [part.result() for part in parts]
                 ahead = following and start(*following)
-                yield share, first, *self._join(done, chunk)
+                lost, others = self._join(done)
+                yield share, first, lost, chunk, others
 
     def _start_window(
         self, pool: Any, readers: dict[int, Any], worker: int, workers: int, *todo: Any
@@ -1236,8 +1237,8 @@ class _WindowFeed(IterableDataset):
             return lost, where[where >= 0]
         return others, np.empty(0, dtype=np.int64)
 
-    def _join(self, done: list[Any], chunk: list[Any]) -> tuple[Any, list[Any], Any]:
-        """Return the places that were lost, the chunk, and the other columns."""
+    def _join(self, done: list[Any]) -> tuple[Any, list[Any]]:
+        """Return the places that were lost, and the columns that are in no matrix."""
         np = _import_data_package("numpy", "numpy")
         pa = _import_data_package("pyarrow", "pyarrow")
         joined = []
@@ -1245,7 +1246,7 @@ class _WindowFeed(IterableDataset):
             arrays = [array for others, _ in done for array in others[i]]
             joined.append(pa.concat_arrays(arrays) if arrays else pa.array([], kind))
         lost = [places for _, places in done]
-        return np.concatenate([np.empty(0, np.int64), *lost]), chunk, joined
+        return np.concatenate([np.empty(0, np.int64), *lost]), joined
 
     def ordered(self, windows: Iterator[Any]) -> Iterator[tuple[list[int], bool, Any]]:
         """Yield (rows of each batch, whether the last ends here, chunk) of windows."""
@@ -2154,11 +2155,12 @@ def list_text_files(data: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(path.rglob("*"))
-        hidden = {
-            p for p in found if any(n[0] == "." for n in p.relative_to(path).parts)
-        }
-        files = [p for p in found if p.is_file() and p not in hidden]
+        files = [
+            file
+            for file in sorted(path.rglob("*"))
+            if file.is_file()
+            and not any(name[0] == "." for name in file.relative_to(path).parts)
+        ]
     else:
         names = sorted(glob.glob(data, recursive=True))
         files = [Path(name) for name in names if os.path.isfile(name)]

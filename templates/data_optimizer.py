@@ -2766,17 +2766,19 @@ def read_columns(path: str, columns: Sequence[str]) -> dict[str, list[str]]:
     return {name: text.to_pylist() for name, text in texts.items()}
 
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
 def list_image_folder(folder: Path) -> tuple[list[str], list[str]]:
     """The images in `folder/CLASS/`, in sorted order, and the class of each.
 
     Raises:
         DataError: there is no such folder, or no image in a folder of a class.
     """
-    kinds = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
     paths = [
         path
         for path in sorted(folder.glob("*/*"))
-        if path.suffix.lower() in kinds
+        if path.suffix.lower() in IMAGE_SUFFIXES
         and not path.name.startswith(".")  # macOS's copies of metadata
         and not path.parent.name.startswith(".")  # .ipynb_checkpoints
     ]

@@ -5,9 +5,11 @@ folder = write_digit_images(Path("digits"))
 """
 
 import ast
+import contextlib
 import json
 import os
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 # In every Python from 3.10 to 3.14; with 41 (concurrent) to 346 (asyncio) docstrings
@@ -91,18 +93,27 @@ def stdlib_sources(packages: tuple[str, ...] = ("asyncio", "email")) -> list[Pat
     return sorted(path for name in packages for path in (root / name).rglob("*.py"))
 
 
+@contextlib.contextmanager
+def _write_in_one_step(path: Path) -> Iterator[Path]:
+    """Give a file beside `path`, which takes its place once all is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    yield partial
+    os.replace(partial, path)
+
+
 def write_jsonl(path: Path, columns: dict[str, list[str]]) -> Path:
     """Write texts as a JSONL file, a row a line; it appears in one step.
 
     Returns:
         `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
+    with (
+        _write_in_one_step(path) as partial,
+        open(partial, "w", encoding="utf-8") as file,
+    ):
         for row in zip(*columns.values(), strict=True):
             file.write(json.dumps(dict(zip(columns, row, strict=True))) + "\n")
-    os.replace(partial, path)
     return path
 
 
@@ -162,8 +173,6 @@ def write_digit_table(path: Path) -> Path:
         digits = load_digits()
         columns = {f"pixel_{i // 8}_{i % 8}": digits.data[:, i] for i in range(64)}
         table = pyarrow.table({**columns, "label": digits.target})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        parquet.write_table(table, partial, row_group_size=256)
-        os.replace(partial, path)
+        with _write_in_one_step(path) as partial:
+            parquet.write_table(table, partial, row_group_size=256)
     return path

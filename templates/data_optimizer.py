@@ -345,16 +345,44 @@ def _tensor_type(pa: Any, kind: Any) -> Any:
 
 
 class _BlockSource(abc.ABC):
-    """Rows of many files as blocks that can be read apart from each other.
+    """What a stream reads: rows in blocks that can be read apart from each other.
 
     Attributes:
         block_rows: (blocks,) rows of each block.
         block_file: (blocks,) number of its file in `files`.
+        first_file: that the types are from.
         types: column name -> Arrow type of the file (or as column_types asks).
         row_bytes: rough size of a row, to bound windows by memory.
         together: how many large blocks to read side by side.
+        on_error: "raise" or "skip", for what cannot be read.
         skipped: what could not be read, file and cause.
     """
+
+    files: list[str]
+    block_rows: Any
+    block_file: Any
+    first_file: str
+    types: dict[str, Any]
+    row_bytes: int
+    together: int
+    on_error: str
+    skipped: list[str]
+
+    @abc.abstractmethod
+    def read(
+        self, block: int, batch_rows: int, convert: Callable[[str, str, Any], Any]
+    ) -> Iterator[tuple[int, list[Any]]]:
+        """Yield (rows, converted arrays in the order of `types`) of a block."""
+
+    def select(self, column: str) -> "_BlockSource":
+        """Return the same rows with one column."""
+        selected = copy.copy(self)
+        selected.types = {column: self.types[column]}
+        return selected
+
+
+class _FileSource(_BlockSource):
+    """Rows of many files, whose blocks are found when it is made."""
 
     typed = True  # every file says which types its columns have
     together = 8
@@ -379,9 +407,7 @@ class _BlockSource(abc.ABC):
             name: pa.type_for_alias(kind) if isinstance(kind, str) else kind
             for name, kind in (column_types or {}).items()
         }
-        self.types: dict[str, Any] = {}
-        self.skipped: list[str] = []
-        self.first_file = ""
+        self.types, self.skipped, self.first_file = {}, [], ""
         blocks: list[tuple[int, int, Any]] = []
         size = 0
         # Footers of many remote files arrive together; 16 requests are polite.
@@ -427,12 +453,6 @@ class _BlockSource(abc.ABC):
     @abc.abstractmethod
     def _read_raw(self, block: int, batch_rows: int) -> Iterator[Any]:
         """Yield a block as Arrow record batches of at most about batch_rows rows."""
-
-    def select(self, column: str) -> "_BlockSource":
-        """Return the same rows with one column."""
-        selected = copy.copy(self)
-        selected.types = {column: self.types[column]}
-        return selected
 
     def _check_schema(self, file: str, schema: Any) -> None:
         """Take the columns from the first file and hold the others against them."""
@@ -484,7 +504,7 @@ class _BlockSource(abc.ABC):
             )
 
 
-class _ParquetSource(_BlockSource):
+class _ParquetSource(_FileSource):
     """Row groups of Parquet files, indexed by their footers alone."""
 
     def __init__(self, *args: Any, filters: Any = None):
@@ -593,7 +613,10 @@ class _SplitSource(_BlockSource):
 
     def __init__(self, source: _BlockSource, count: int, seed: int, drawn: bool):
         np = _import_data_package("numpy", "numpy")
-        self.__dict__.update(source.__dict__)  # the list of what was skipped is shared
+        self.files, self.block_file = source.files, source.block_file
+        self.first_file, self.types = source.first_file, source.types
+        self.row_bytes, self.together = source.row_bytes, source.together
+        self.on_error, self.skipped = source.on_error, source.skipped  # one list
         self.inner, self.count, self.drawn = source, count, drawn
         self.salt = random.Random(f"split/{seed}").getrandbits(64)
         self.total = int(source.block_rows.sum())
@@ -619,11 +642,6 @@ class _SplitSource(_BlockSource):
             bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
         bits ^= bits >> np.uint64(31)
         return low + (bits % (high - low).astype(np.uint64)).astype(np.int64)
-
-    def _index_file(self, file: str) -> Any:
-        raise NotImplementedError("the source it was split from has the index")
-
-    _read_raw = _index_file
 
     def select(self, column: str) -> "_BlockSource":
         """Return the same rows with one column."""
@@ -1131,7 +1149,8 @@ class _WindowFeed(IterableDataset):
                 share, first, chunk, parts = ahead
                 done = [part.result() for part in parts]
                 ahead = following and start(*following)
-                yield share, first, *self._join(done, chunk)
+                lost, others = self._join(done)
+                yield share, first, lost, chunk, others
 
     def _start_window(
         self, pool: Any, readers: dict[int, Any], worker: int, workers: int, *todo: Any
@@ -1218,8 +1237,8 @@ class _WindowFeed(IterableDataset):
             return lost, where[where >= 0]
         return others, np.empty(0, dtype=np.int64)
 
-    def _join(self, done: list[Any], chunk: list[Any]) -> tuple[Any, list[Any], Any]:
-        """Return the places that were lost, the chunk, and the other columns."""
+    def _join(self, done: list[Any]) -> tuple[Any, list[Any]]:
+        """Return the places that were lost, and the columns that are in no matrix."""
         np = _import_data_package("numpy", "numpy")
         pa = _import_data_package("pyarrow", "pyarrow")
         joined = []
@@ -1227,7 +1246,7 @@ class _WindowFeed(IterableDataset):
             arrays = [array for others, _ in done for array in others[i]]
             joined.append(pa.concat_arrays(arrays) if arrays else pa.array([], kind))
         lost = [places for _, places in done]
-        return np.concatenate([np.empty(0, np.int64), *lost]), chunk, joined
+        return np.concatenate([np.empty(0, np.int64), *lost]), joined
 
     def ordered(self, windows: Iterator[Any]) -> Iterator[tuple[list[int], bool, Any]]:
         """Yield (rows of each batch, whether the last ends here, chunk) of windows."""
@@ -1243,40 +1262,6 @@ class _WindowFeed(IterableDataset):
             if others:
                 chunk = chunk + self.layout.take(others, rows[kept] - first)
             yield counts, whole, chunk
-
-
-def _cut_lines(
-    stream: Any, block_bytes: int, quote: int | None
-) -> Iterator[tuple[bytes, int]]:
-    """Cut a text stream after whole rows: (bytes, rows that are not blank)."""
-    np = _import_data_package("numpy", "numpy")
-    rest = b""
-    while True:
-        data = stream.read(block_bytes)
-        block = rest + data
-        if not block:
-            return
-        letters = np.frombuffer(block, np.uint8)
-        if quote is None:
-            ends = np.flatnonzero(letters == 10)
-        else:  # a newline after an odd number of quotes is text
-            marks = np.flatnonzero((letters == 10) | (letters == quote))
-            quotes = letters[marks] == quote
-            inside = np.cumsum(quotes, dtype=np.int32) & 1 == 1
-            ends = marks[~quotes & ~inside]
-        if not data and (not len(ends) or ends[-1] != len(block) - 1):
-            ends = np.append(ends, len(block))
-        if not len(ends):
-            rest = block
-            continue
-        starts = np.append(0, ends[:-1] + 1)
-        length = ends - starts
-        blank = length == 0
-        short = np.flatnonzero(length == 1)
-        blank[short] = letters[starts[short]] == 13
-        cut = int(ends[-1]) + 1
-        yield block[:cut], len(ends) - int(blank.sum())
-        rest = block[cut:]
 
 
 def _scan_lines(
@@ -1314,7 +1299,24 @@ def _scan_lines(
     return rows, stops, int(np.count_nonzero(is_quote)) & 1
 
 
-class _LineSource(_BlockSource):
+def _cut_lines(
+    stream: Any, block_bytes: int, quote: int | None
+) -> Iterator[tuple[bytes, int]]:
+    """Cut a text stream after whole rows: (bytes, rows that are not blank)."""
+    rest = b""
+    while data := stream.read(block_bytes):
+        block = rest + data
+        (count, _), (stop, _), _ = _scan_lines(block, 0, quote)
+        if stop < 0:
+            rest = block
+            continue
+        yield block[:stop], count
+        rest = block[stop:]
+    if rest:  # no newline at the end
+        yield rest, int(rest != b"\r")
+
+
+class _LineSource(_FileSource):
     """CSV and JSONL files as blocks of whole rows, found by one pass over the bytes.
 
     The pass counts rows (about 1 GB/s) and is what makes the order, equal steps and
@@ -1343,21 +1345,24 @@ class _LineSource(_BlockSource):
         packed = Path(file).suffix in (".gz", ".zst", ".bz2", ".lz4")
         return packed or self.encoding.startswith(("utf-16", "utf-32"))
 
+    def _quote(self, file: str) -> int | None:
+        """Return the byte between which newlines are text."""
+        # JSON writes a newline in a string as backslash n.
+        if self._is_json(file) or not self.quote_char:
+            return None
+        return ord(self.quote_char)
+
     def _cut_file(self, file: str) -> Iterator[tuple[bytes, int]]:
         pa = _import_data_package("pyarrow", "pyarrow")
-        quote = self.quote_char
-        if self._is_json(file):
-            quote = None  # JSON writes a newline in a string as backslash n
         with self.filesystem.open_input_stream(file) as opened:
             stream = opened
             if self._is_whole(file) and self.encoding not in ("utf-8", "utf8"):
                 stream = pa.transcoding_input_stream(opened, self.encoding, "utf-8")
-            code = None if quote is None else ord(quote)
-            yield from _cut_lines(stream, _LINE_BLOCK_BYTES, code)
+            yield from _cut_lines(stream, _LINE_BLOCK_BYTES, self._quote(file))
 
     def _scan_file(self, file: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Cut a file into blocks of whole rows: rows, and (offset, bytes), of each."""
-        quote = None if self._is_json(file) or not self.quote_char else self.quote_char
+        quote = self._quote(file)
         size = self.filesystem.get_file_info(file).size
         starts = range(0, size, _LINE_BLOCK_BYTES)
         rows: list[int] = []
@@ -1367,7 +1372,7 @@ class _LineSource(_BlockSource):
         def scan(start: int) -> tuple[list[int], list[int], int]:
             lead = min(2, start)
             piece = opened.read_at(_LINE_BLOCK_BYTES + lead, start - lead)
-            return _scan_lines(piece, lead, quote and ord(quote))
+            return _scan_lines(piece, lead, quote)
 
         with (
             self.filesystem.open_input_file(file) as opened,
@@ -1391,26 +1396,24 @@ class _LineSource(_BlockSource):
         return rows, keys
 
     def _index_file(self, file: str) -> tuple[Any, list[int], list[Any], int]:
-        if not self._is_whole(file):
+        if self._is_whole(file):
+            head, count, nbytes = b"", 0, 0
+            for data, rows_here in self._cut_file(file):
+                head = head or data
+                count += rows_here
+                nbytes += len(data)
+            rows, keys = [count], [(0, -1)]
+        else:
             rows, keys = self._scan_file(file)
-            if not keys:
-                raise DataError(f"{file} is empty: remove it, or pass on_error='skip'")
+            nbytes = sum(length for _, length in keys)
             with self.filesystem.open_input_file(file) as opened:
-                schema = self._parse(file, opened.read_at(keys[0][1], 0), None).schema
-            rows[0] -= not self._is_json(file)
-            self.names[file] = schema.names
-            return schema, rows, keys, sum(length for _, length in keys)
-        rows, offset, schema = [], 0, None
-        for data, count in self._cut_file(file):
-            if schema is None:
-                schema = self._parse(file, data, None).schema
-                count -= not self._is_json(file)
-            rows.append(count)
-            offset += len(data)
-        if schema is None:
+                head = opened.read_at(keys[0][1] if keys else 0, 0)
+        if not head:
             raise DataError(f"{file} is empty: remove it, or pass on_error='skip'")
+        schema = self._parse(file, head, None).schema
+        rows[0] -= not self._is_json(file)
         self.names[file] = schema.names
-        return schema, [sum(rows)], [(0, -1)], offset
+        return schema, rows, keys, nbytes
 
     def _parse(self, file: str, data: bytes, names: list[str] | None) -> Any:
         """Parse whole rows; `names` None: the first row of the file is among them."""
@@ -2152,11 +2155,12 @@ def list_text_files(data: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(path.rglob("*"))
-        hidden = {
-            p for p in found if any(n[0] == "." for n in p.relative_to(path).parts)
-        }
-        files = [p for p in found if p.is_file() and p not in hidden]
+        files = [
+            file
+            for file in sorted(path.rglob("*"))
+            if file.is_file()
+            and not any(name[0] == "." for name in file.relative_to(path).parts)
+        ]
     else:
         names = sorted(glob.glob(data, recursive=True))
         files = [Path(name) for name in names if os.path.isfile(name)]
@@ -2762,17 +2766,19 @@ def read_columns(path: str, columns: Sequence[str]) -> dict[str, list[str]]:
     return {name: text.to_pylist() for name, text in texts.items()}
 
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
 def list_image_folder(folder: Path) -> tuple[list[str], list[str]]:
     """The images in `folder/CLASS/`, in sorted order, and the class of each.
 
     Raises:
         DataError: there is no such folder, or no image in a folder of a class.
     """
-    kinds = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
     paths = [
         path
         for path in sorted(folder.glob("*/*"))
-        if path.suffix.lower() in kinds
+        if path.suffix.lower() in IMAGE_SUFFIXES
         and not path.name.startswith(".")  # macOS's copies of metadata
         and not path.parent.name.startswith(".")  # .ipynb_checkpoints
     ]

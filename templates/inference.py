@@ -315,6 +315,28 @@ def quantize_model_dynamic(model: nn.Module) -> nn.Module:
     return wrapped[0].eval()
 
 
+def _import_pyarrow(path: str) -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(f"{path} needs pyarrow: pip install pyarrow") from error
+    return pyarrow
+
+
+@contextlib.contextmanager
+def _explain_unreadable(path: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Raise OSError and errors of these kinds as a PredictionError with the path."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise PredictionError(f"{path}: no such file: check the path") from None
+    except PredictionError:
+        raise
+    except (OSError, *kinds) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise PredictionError(f"{path}: cannot be read: {reason}: mend it") from error
+
+
 def stream_texts(path: str, column: str) -> Iterator[str]:
     """Yield a column of a CSV, JSONL or Parquet file, or the lines of a .txt file.
 
@@ -335,7 +357,8 @@ def stream_texts(path: str, column: str) -> Iterator[str]:
     read = kinds.get(Path(path).suffix.lower())
     if read is None:
         raise PredictionError(f"{path}: give a file that ends with {', '.join(kinds)}")
-    try:
+    # Arrow's errors are ValueErrors, too.
+    with _explain_unreadable(path, ValueError, csv.Error):
         for number, text in enumerate(read(path, column), start=1):
             if text is None or text == "":
                 raise PredictionError(
@@ -343,13 +366,6 @@ def stream_texts(path: str, column: str) -> Iterator[str]:
                     "row out"
                 )
             yield str(text)
-    except FileNotFoundError:
-        raise PredictionError(f"{path}: no such file: check the path") from None
-    except PredictionError:
-        raise
-    except (OSError, ValueError, csv.Error) as error:  # Arrow's are ValueErrors, too
-        reason = " ".join(str(error).split())[:300]
-        raise PredictionError(f"{path}: cannot be read: {reason}: mend it") from error
 
 
 def _missing_column(path: str, column: str, names: Iterable[str]) -> PredictionError:
@@ -381,11 +397,7 @@ def _jsonl_rows(path: str, column: str) -> Iterator[str | None]:
 
 
 def _parquet_rows(path: str, column: str) -> Iterator[str | None]:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ImportError(f"{path} needs pyarrow: pip install pyarrow") from error
-    with parquet.ParquetFile(path) as file:
+    with _import_pyarrow(path).parquet.ParquetFile(path) as file:
         if column not in file.schema_arrow.names:
             raise _missing_column(path, column, file.schema_arrow.names)
         for batch in file.iter_batches(batch_size=4096, columns=[column]):
@@ -410,32 +422,23 @@ def stream_features(
             other things than numbers.
         ImportError: pyarrow is missing.
     """
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ImportError(f"{path} needs pyarrow: pip install pyarrow") from error
-    try:
-        with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if missing := [name for name in columns if name not in names]:
-                raise PredictionError(
-                    f"{path}: has no column {', '.join(missing[:5])}, which the model "
-                    f"was trained with; it has {', '.join(names[:20])}"
-                )
-            for batch in file.iter_batches(batch_size, columns=list(columns)):
-                rows = [batch.column(name).cast("float32") for name in columns]
-                yield torch.stack(
-                    [torch.tensor(row.to_numpy(zero_copy_only=False)) for row in rows],
-                    dim=1,
-                )
-    except FileNotFoundError:
-        raise PredictionError(f"{path}: no such file: check the path") from None
-    except PredictionError:
-        raise
-    except (OSError, pyarrow.ArrowException) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise PredictionError(f"{path}: cannot be read: {reason}: mend it") from error
+    pyarrow = _import_pyarrow(path)
+    with (
+        _explain_unreadable(path, pyarrow.ArrowException),
+        pyarrow.parquet.ParquetFile(path) as file,
+    ):
+        names = file.schema_arrow.names
+        if missing := [name for name in columns if name not in names]:
+            raise PredictionError(
+                f"{path}: has no column {', '.join(missing[:5])}, which the model "
+                f"was trained with; it has {', '.join(names[:20])}"
+            )
+        for batch in file.iter_batches(batch_size, columns=list(columns)):
+            rows = [batch.column(name).cast("float32") for name in columns]
+            yield torch.stack(
+                [torch.tensor(row.to_numpy(zero_copy_only=False)) for row in rows],
+                dim=1,
+            )
 
 
 def predict_in_order(

@@ -116,17 +116,15 @@ def test_every_row_is_drawn_equally_often_and_sorted_labels_evenly(shards):
     assert abs(np.corrcoef(odd, even)[0, 1]) < 0.45
 
 
-def test_split_counts_rows_beyond_64_bit_products():
+def test_split_counts_rows_beyond_64_bit_products(shards):
     from templates.data_optimizer import _SplitSource
 
-    class Rows:
-        def __init__(self, rows):
-            self.block_rows = np.array(rows)
-
     rows = [3 * 10**9, 1, 0, 7 * 10**9]
+    source = stream(shards).source
+    source.block_rows = np.array(rows)
     count = 10**9
-    val = _SplitSource(Rows(rows), count, 0, drawn=True)
-    train = _SplitSource(Rows(rows), count, 0, drawn=False)
+    val = _SplitSource(source, count, 0, drawn=True)
+    train = _SplitSource(source, count, 0, drawn=False)
     assert val.block_rows.sum() == count
     assert (val.block_rows + train.block_rows == rows).all()
     assert abs(val.block_rows[0] - 3 * 10**8) <= 1

@@ -632,6 +632,16 @@ def test_gzip_of_python_is_read_too(tmp_path):
     assert list(StreamingTextDataset(path)) == ["a", None]
 
 
+@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz"])
+@pytest.mark.parametrize("quote_char", [None, ""])
+def test_without_a_quote_char_quotes_are_plain_letters(name, quote_char, tmp_path):
+    path = tmp_path / name
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt") as file:
+        file.write('text\n5" pipe\nbolt\n')
+    texts = list(StreamingTextDataset(path, quote_char=quote_char))
+    assert texts == ['5" pipe', "bolt"]
+
+
 # --- processes and object stores
 
 RANK_SCRIPT = """

@@ -202,9 +202,20 @@ def make_model(kind: str) -> nn.Module:
     return Tiny() if kind == "tiny" else Small()
 
 
-def make_parts(kind: str, steps: int) -> tuple[nn.Module, Any, DataLoader]:
+def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Weight decay for matrices alone, as generated scripts have it."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.01},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def make_parts(
+    kind: str, steps: int, groups: Callable[[nn.Module], Any] = decay_groups
+) -> tuple[nn.Module, Any, DataLoader]:
     model = make_model(kind).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(groups(model), lr=1e-3, fused=True)
     rows = Rows(*make_rows(kind, steps * BATCH))
     return model, optimizer, DataLoader(rows, BATCH, shuffle=True, collate_fn=keep)
 
@@ -212,8 +223,10 @@ def make_parts(kind: str, steps: int) -> tuple[nn.Module, Any, DataLoader]:
 # --- contenders: train so many steps
 
 
-def bare(kind: str, steps: int) -> None:
-    model, optimizer, loader = make_parts(kind, steps)
+def bare(
+    kind: str, steps: int, groups: Callable[[nn.Module], Any] = decay_groups
+) -> None:
+    model, optimizer, loader = make_parts(kind, steps, groups)
     for inputs, targets in loader:
         optimizer.zero_grad(set_to_none=True)
         loss = F.cross_entropy(model(inputs), targets)
@@ -367,7 +380,8 @@ PEERS = {
     "Ignite": ("ignite", with_ignite),
     "Accelerate": ("accelerate", with_accelerate),
     "Lightning": ("lightning", with_lightning),
-    "Hugging Face Trainer": ("transformers", with_hf_trainer),
+    # Its Trainer needs accelerate.
+    "Hugging Face Trainer": ("transformers accelerate", with_hf_trainer),
 }
 PLAIN = "generated script"
 FULL = "generated, --amp --clip --scheduler --ema --resume"
@@ -376,6 +390,7 @@ FLAGS = {
     FULL: ["--amp", "--clip", "--scheduler", "cosine", "--ema", "--resume"],
 }
 BARE, BARE_FULL = "bare loop, fused AdamW", "bare loop with clip, schedule, average"
+ONE_GROUP = "bare loop, one parameter group"  # decays biases as well
 
 
 def generate(flags: list[str], folder: str) -> types.ModuleType:
@@ -393,10 +408,13 @@ def generate(flags: list[str], folder: str) -> types.ModuleType:
 
 
 def find_contenders(folder: str) -> dict[str, Callable[[str, int], None]]:
-    contenders: dict[str, Callable[[str, int], None]] = {BARE: bare}
+    contenders: dict[str, Callable[[str, int], None]] = {
+        BARE: bare,
+        ONE_GROUP: partial(bare, groups=nn.Module.parameters),
+    }
     contenders[PLAIN] = partial(generated, generate(FLAGS[PLAIN], folder))
-    for name, (module, contender) in PEERS.items():
-        if importlib.util.find_spec(module) is None:
+    for name, (modules, contender) in PEERS.items():
+        if not all(map(importlib.util.find_spec, modules.split())):
             print(f"{name} is left out: not installed (requirements/bench-loop.txt)")
         else:
             contenders[name] = contender

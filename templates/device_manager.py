@@ -8,6 +8,7 @@
 All figures in GB are 1e9 bytes.
 """
 
+import contextlib
 import functools
 import os
 import platform
@@ -79,11 +80,11 @@ def claim_single_device(force_cpu: bool = False) -> torch.device:
 
 def make_autocast(
     device: torch.device, dtype: torch.dtype
-) -> Callable[[], torch.autocast]:
-    """Return what opens autocast to a dtype; for fp32 it does nothing."""
-    return functools.partial(
-        torch.autocast, device.type, dtype, enabled=dtype != torch.float32
-    )
+) -> Callable[[], contextlib.AbstractContextManager]:
+    """Return what opens autocast to a dtype; for fp32 it does nothing, at no cost."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext
+    return functools.partial(torch.autocast, device.type, dtype)
 
 
 def _has_native_bf16(device: torch.device) -> bool:

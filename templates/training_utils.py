@@ -341,6 +341,17 @@ def _step_and_flag_skip(
     return scaler.scale(one) < scale_before  # lowered after an overflow only
 
 
+def clear_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Free all gradients, as `optimizer.zero_grad(set_to_none=True)` does.
+
+    Without its hooks for profilers: 1 instead of 17 of the 310 microseconds that a
+    step of a perceptron with 6 tensors takes (benchmarks/loop.py).
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+
+
 def step_optimizer(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
 ) -> bool:

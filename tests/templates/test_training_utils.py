@@ -16,6 +16,7 @@ from templates.training_utils import (
     MixedPrecisionTrainer,
     NonFiniteError,
     check_finite,
+    clear_gradients,
     count_right,
     evaluate_model,
     get_cosine_warmup_scheduler,
@@ -544,6 +545,16 @@ def test_an_evaluation_waits_for_a_real_gpu_only_at_its_end():
 def backward(model, scaler, factor=1.0):
     loss = model(torch.ones(3, 4)).square().mean() * factor
     (loss if scaler is None else scaler.scale(loss)).backward()
+
+
+def test_clear_gradients_leaves_what_zero_grad_leaves():
+    model = nn.Linear(3, 2)
+    frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+    groups = [{"params": [model.weight, frozen]}, {"params": [model.bias], "lr": 0.1}]
+    optimizer = torch.optim.SGD(groups, lr=0.2)
+    model(torch.ones(1, 3)).sum().backward()
+    clear_gradients(optimizer)
+    assert model.weight.grad is model.bias.grad is frozen.grad is None
 
 
 @pytest.mark.parametrize("fused", [False, True])

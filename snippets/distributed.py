@@ -26,10 +26,13 @@ def start() -> tuple[torch.device, int, int]:
     return device, dist.get_rank(), dist.get_world_size()
 
 
-def own_share(x: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
-    """Every rank takes as many steps and as many samples, or DDP hangs or is wrong."""
-    usable = len(x) - len(x) % ranks
-    return x[:usable][rank::ranks]
+def share_of_mean(losses: torch.Tensor, count: int, ranks: int) -> torch.Tensor:
+    """A rank's part of the mean loss over the `count` samples of the global batch.
+
+    For any shares, such as rows[rank::ranks] of the same rows on all ranks: uneven ones
+    (a mean of means is wrong) and empty ones (their mean is NaN, their sum is 0).
+    """
+    return losses.sum() * ranks / count  # DDP averages over ranks; a sum is wanted
 
 
 def finish() -> None:
@@ -38,11 +41,12 @@ def finish() -> None:
     dist.destroy_process_group()
 
 
-def train(model: nn.Module, x: torch.Tensor, steps: int) -> torch.Tensor:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    for _ in range(steps):
+def train(model: nn.Module, batches: list, rank: int, ranks: int) -> torch.Tensor:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for x in batches:  # as many on every rank, or DDP hangs
         optimizer.zero_grad(set_to_none=True)
-        model(x).square().mean().backward()  # DDP averages the gradients in here
+        losses = model(x[rank::ranks]).square()
+        share_of_mean(losses, len(x), ranks).backward()  # gradients are averaged here
         optimizer.step()
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
@@ -53,11 +57,11 @@ if __name__ == "__main__":
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).to(device)
     single = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).to(device)
     single.load_state_dict(model.state_dict())
-    x = torch.randn(16, 4).to(device)
+    batches = torch.randn(52, 4).to(device).split(16)  # the last one has 4 rows
     if ranks > 1:
         model = DistributedDataParallel(model)
-    trained = train(model, own_share(x, rank, ranks), steps=5)
-    torch.testing.assert_close(trained, train(single, x, steps=5))
+    trained = train(model, batches, rank, ranks)
+    torch.testing.assert_close(trained, train(single, batches, 0, 1))
     if ranks > 1:
         first = trained.clone()
         dist.broadcast(first, src=0)
@@ -65,4 +69,4 @@ if __name__ == "__main__":
         dist.barrier()  # no rank leaves while another still needs it
         del model
         finish()
-    print(f"rank {rank} of {ranks}: as one process on the whole batch")
+    print(f"rank {rank} of {ranks}: as one process on whole batches")

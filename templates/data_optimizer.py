@@ -876,10 +876,11 @@ class _BlockReader:
 class _RowLayout:
     """How columns are stored in a chunk of rows, ready to be cut into batches.
 
-    A chunk is a list: a (rows, columns) matrix for all numeric columns of one type, a
+    A chunk is a list: a (columns, rows) matrix for all numeric columns of one type, a
     (rows, size) matrix for each fixed-size list, an Arrow array for each other column.
-    Row-major matrices make shuffling a copy of whole rows (a third of the time of
-    column by column), and a batch one slice a type.
+    A column of a window fits the cache, where shuffling it takes a third of the time
+    of putting rows together first; columns that are wanted as rows are turned batch by
+    batch, when they are copied anyway.
     """
 
     def __init__(
@@ -978,40 +979,27 @@ class _RowLayout:
         for _, columns, dtype, size in self.matrices:
             width = size or len(columns)
             end = begin + rows * width * dtype.itemsize
-            chunk.append(raw[begin:end].view(dtype).reshape(rows, width))
+            matrix = raw[begin:end].view(dtype)
+            chunk.append(matrix.reshape((rows, size) if size else (width, rows)))
             begin = end
         return chunk
 
     def place(self, chunk: list[Any], arrays: list[Any], where: Any) -> None:
-        """Write decoded columns into a chunk: row i goes to where[i], with -1 nowhere.
+        """Write decoded columns into a chunk: row i goes to where[i].
 
-        A few rows at a time, which stay in the cache, are put together and then
-        written each in one piece: columns are much slower to shuffle one by one.
+        The last row of the chunk, -1, takes what is not wanted.
         """
         np = _import_data_package("numpy", "numpy")
-        partly = where.min(initial=0) < 0
-        for matrix, layout in zip(chunk, self.matrices, strict=True):
-            _, columns, dtype, size = layout
-            width = size or len(columns)
-            given = [arrays[i].flatten() if size else arrays[i] for i in columns]
-            # Copies only booleans, which Arrow keeps as bits.
-            values = [array.to_numpy(zero_copy_only=False) for array in given]
-            whole_row = np.dtype((np.void, width * dtype.itemsize))
-            target = matrix.view(whole_row)[:, 0]
-            step = max(256, (1 << 17) // whole_row.itemsize)
-            scratch = np.empty((step, width), dtype)
-            for low in range(0, len(where), step):
-                to = where[low : low + step]
-                if len(values) == 1:
-                    part = values[0][low * width : (low + len(to)) * width]
-                else:
-                    part = scratch[: len(to)]
-                    for place, column in enumerate(values):
-                        part[:, place] = column[low : low + step]
-                rows = part.reshape(-1, width).view(whole_row)[:, 0]
-                if partly:
-                    rows, to = rows[to >= 0], to[to >= 0]
-                target[to] = rows
+        for matrix, (_, columns, dtype, size) in zip(chunk, self.matrices, strict=True):
+            if size:
+                whole_row = np.dtype((np.void, size * dtype.itemsize))
+                values = arrays[columns[0]].flatten().to_numpy(zero_copy_only=False)
+                rows = values.reshape(-1, size).view(whole_row)
+                matrix.view(whole_row)[where] = rows
+                continue
+            for line, column in zip(matrix, columns, strict=True):
+                # Copies only booleans, which Arrow keeps as bits.
+                line[where] = arrays[column].to_numpy(zero_copy_only=False)
 
     def take(self, arrays: list[Any], rows: Any) -> list[Any]:
         """Return rows of Arrow arrays in the given order."""
@@ -1019,11 +1007,23 @@ class _RowLayout:
         indices = pa.array(rows)
         return [array.take(indices) for array in arrays]
 
+    def keep(self, chunk: list[Any], rows: Any) -> list[Any]:
+        """Return the matrices of some rows."""
+        return [
+            matrix[rows] if size else matrix[:, rows]
+            for matrix, (*_, size) in zip(chunk, self.matrices, strict=True)
+        ]
+
     def cut(self, chunk: list[Any], low: int, high: int) -> list[Any]:
         """Copy rows out of the matrices of a chunk, which are used again."""
-        count = len(self.matrices)
-        cut = [torch.from_numpy(matrix[low:high].copy()) for matrix in chunk[:count]]
-        return cut + [array.slice(low, high - low) for array in chunk[count:]]
+        np = _import_data_package("numpy", "numpy")
+        parts = []
+        for matrix, (to, _, _, size) in zip(chunk, self.matrices, strict=False):
+            part = matrix[low:high] if size else matrix[:, low:high]
+            part = np.array(part.T if to and not size else part, order="C")
+            parts.append(torch.from_numpy(part))
+        others = chunk[len(self.matrices) :]
+        return parts + [array.slice(low, high - low) for array in others]
 
     def batch(self, pieces: list[list[Any]], strings: str, pin: bool) -> dict[str, Any]:
         """Join slices to one batch: column name -> tensor, list or Arrow array."""
@@ -1032,7 +1032,10 @@ class _RowLayout:
         if len(pieces) > 1:
             count = len(self.matrices)
             parts = list(zip(*pieces, strict=True))
-            joined = [torch.cat(part) for part in parts[:count]]
+            joined = [
+                torch.cat(part, 0 if to else 1)
+                for part, (to, *_) in zip(parts, self.matrices, strict=False)
+            ]
             joined += [pa.concat_arrays(part) for part in parts[count:]]
         batch: dict[str, Any] = dict.fromkeys(self.outputs)
         for matrix, (to, columns, _, _) in zip(joined, self.matrices, strict=False):
@@ -1040,7 +1043,7 @@ class _RowLayout:
             if to:
                 batch[to] = matrix
                 continue
-            for i, column in zip(columns, matrix.unbind(1), strict=True):
+            for i, column in zip(columns, matrix.unbind(), strict=True):
                 batch[self.names[i]] = column
         for i, texts in zip(self.others, joined[len(self.matrices) :], strict=True):
             batch[self.names[i]] = texts if strings == "arrow" else texts.to_pylist()
@@ -1071,7 +1074,8 @@ class _WindowFeed(IterableDataset):
         # A window is in use while the next is decoded, and DataLoader lets workers
         # run two windows ahead. Windows of many small blocks are larger than asked
         # for; pages that are never used cost nothing.
-        self.rows = 2 * stream.window_rows + 1024
+        # Not a power of two: rows of a batch lie in as many sets of the cache.
+        self.rows = -(-2 * stream.window_rows // 64) * 64 + 1032
         nbytes = self.rows * layout.row_bytes()
         self.ring = [
             torch.empty(0, dtype=torch.uint8).set_(
@@ -1158,7 +1162,7 @@ class _WindowFeed(IterableDataset):
         """Begin to decode a worker's blocks of a window."""
         np = _import_data_package("numpy", "numpy")
         (window, rows, counts, whole), chunk = todo
-        if len(rows) > self.rows:
+        if len(rows) >= self.rows:
             raise DataError(
                 f"{len(window.blocks)} row groups or files of few rows come together "
                 f"with large ones: pass window_rows={2 * self.stream.window_rows}"
@@ -1215,7 +1219,7 @@ class _WindowFeed(IterableDataset):
         at = 0
         try:
             if block not in readers:
-                ahead = max(1024, min(high - low, 1 << 16))
+                ahead = max(1024, min(4 * (high - low), 1 << 16))
                 readers[block] = _BlockReader(source.read(block, ahead, layout.convert))
             reader = readers[block]
             if reader is None:
@@ -1258,7 +1262,7 @@ class _WindowFeed(IterableDataset):
                 counts = np.diff(
                     np.searchsorted(kept, np.append(0, np.cumsum(counts)))
                 ).tolist()
-                chunk = [matrix[kept] for matrix in chunk]
+                chunk = self.layout.keep(chunk, kept)
             if others:
                 chunk = chunk + self.layout.take(others, rows[kept] - first)
             yield counts, whole, chunk
@@ -2769,19 +2773,26 @@ def read_columns(path: str, columns: Sequence[str]) -> dict[str, list[str]]:
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
+def find_images(folder: Path, pattern: str) -> list[Path]:
+    """The images under `folder` that fit a glob pattern, in sorted order.
+
+    Not what is hidden: macOS's copies of metadata, .ipynb_checkpoints.
+    """
+    return [
+        path
+        for path in sorted(folder.glob(pattern))
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+
+
 def list_image_folder(folder: Path) -> tuple[list[str], list[str]]:
     """The images in `folder/CLASS/`, in sorted order, and the class of each.
 
     Raises:
         DataError: there is no such folder, or no image in a folder of a class.
     """
-    paths = [
-        path
-        for path in sorted(folder.glob("*/*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not path.name.startswith(".")  # macOS's copies of metadata
-        and not path.parent.name.startswith(".")  # .ipynb_checkpoints
-    ]
+    paths = find_images(folder, "*/*")
     if not paths:
         state = "holds no images" if folder.is_dir() else "is no folder"
         raise DataError(f"{folder} {state}: expected FOLDER/CLASS/IMAGE.png or .jpg")

@@ -151,12 +151,14 @@ def test_other_kinds_of_files_give_the_same_as_csv(kind, text):
 
 
 def test_image_equals_the_model_and_names_the_files(image):
+    shown = sorted((image / "digits").rglob("*.png"))
+    hidden = shown[0].with_name(f"._{shown[0].name}")  # a file of macOS, no image
+    hidden.write_bytes(b"metadata")
     predict(image, "--data=digits", "--batch-size=7", "--num-workers=0")
+    hidden.unlink()
     train, model, spec = load_best(image, "image")
     found = records(image / "predictions.jsonl")
-    assert [r["path"] for r in found] == sorted(
-        str(p.relative_to(image)) for p in (image / "digits").rglob("*.png")
-    )
+    assert [r["path"] for r in found] == [str(p.relative_to(image)) for p in shown]
     paths = [str(image / record["path"]) for record in found]
     samples = train.LazyImageDataset(paths, labels=[0] * len(paths), size=16)
     with torch.inference_mode():

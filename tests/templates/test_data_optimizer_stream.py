@@ -682,11 +682,12 @@ def test_torchrun_ranks_share_the_batches(tmp_path, shards, ranks):
 
 
 def test_streams_from_s3(shards):
-    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0)
+    from moto.server import ThreadedMotoServer
+    from pyarrow import fs
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     try:
-        from pyarrow import fs
-
         host, port = server.get_host_and_port()
         s3 = fs.S3FileSystem(
             access_key="a",

@@ -57,7 +57,7 @@ if __name__ == "__main__":
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).to(device)
     single = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).to(device)
     single.load_state_dict(model.state_dict())
-    batches = torch.randn(52, 4).to(device).split(16)  # the last one has 4 rows
+    batches = torch.randn(52, 4).to(device).split(17)  # the last one: 1 row
     if ranks > 1:
         model = DistributedDataParallel(model)
     trained = train(model, batches, rank, ranks)

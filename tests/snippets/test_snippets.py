@@ -62,9 +62,12 @@ MUTANTS = {
         ("        model.zero_grad(set_to_none=True)  #", "        pass  #"),
     ],
     "save_load": [
-        ('temporary = path + ".tmp"', "temporary = path"),
-        ('    torch.set_rng_state(state["rng"]["torch"])', "    pass"),
-        ('    random.setstate(state["rng"]["python"])', "    pass"),
+        ('temporary := path + ".tmp"', "temporary := path"),
+        ("    torch.set_rng_state(state[1])", "    pass"),
+        ("    random.setstate(state[0])", "    pass"),
+        ('            set_rng(state["rng"])', "            pass"),
+        ('        set_rng(state["epoch_rng"])', "        pass"),
+        ("            next(batches)", "            pass"),
         (
             "        part.load_state_dict(state[name])",
             '        name == "model" and part.load_state_dict(state[name])',
@@ -114,6 +117,7 @@ MUTANTS = {
     "distributed": [
         ("[rank::ranks]", "[: len(x) // 2]"),
         ("model = DistributedDataParallel(model)", "pass"),
+        ("losses.sum() * ranks / count", "losses.mean()"),
     ],
     "config": [
         ("        value = float(value)", "        pass"),
@@ -244,7 +248,7 @@ def idiom_lines(text: str) -> list[str]:
 def test_snippet_is_short_says_when_and_stands_alone(path):
     text = path.read_text(encoding="utf-8")
     assert 10 <= len(idiom_lines(text)) <= 40
-    assert text.count("\n") <= 80
+    assert text.count("\n") <= 100
     opening = ast.get_docstring(ast.parse(text))
     assert opening.startswith("Use when ")
     assert "\n\nNot when " in opening

@@ -141,7 +141,14 @@ def test_names_of_templates_and_snippets_exist(page):
 # Options of generated scripts, of torchrun, npx and pip: all else is the generator's.
 OTHERS = {
     *("--data", "--config", "--help", "--epochs", "--out-dir", "--dtype", "--cpu"),
-    *("--replicas", "--batch-size", "--image-size", "--text-column", "--label-column"),
+    *(
+        "--replicas",
+        "--batch-size",
+        "--image-size",
+        "--log-every",
+        "--text-column",
+        "--label-column",
+    ),
     *("--query-column", "--document-column"),
     *("--num-workers", "--nproc-per-node", "--standalone", "--nnodes"),
 }

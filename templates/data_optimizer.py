@@ -2675,6 +2675,7 @@ def tune_dataloader(
         step: the training step for one batch; times it too, to tell whether loader or
             model is the bottleneck.
         seconds: how long each setting is timed, once it has started.
+        collate_fn: as the loader has it: of a list of samples, or a stream's batches.
         workers: numbers to try: by default 0, 1, 2, 4 ... up to the usable CPUs.
 
     Returns:
@@ -2690,7 +2691,9 @@ def tune_dataloader(
     for count in workers:
         loader: Any
         if isinstance(dataset, _ColumnStream):
-            loader = StreamBatchLoader(dataset, batch_size, device, count)
+            loader = StreamBatchLoader(
+                dataset, batch_size, device, count, collate_fn=collate_fn
+            )
         else:
             loader = create_optimized_dataloader(
                 dataset, batch_size, device, num_workers=count, collate_fn=collate_fn

@@ -5,6 +5,7 @@ import struct
 import sys
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ from templates.data_optimizer import (
     DataError,
     LazyImageDataset,
     ResumableBatchSampler,
+    StreamingParquetDataset,
     TokenBudgetBatchSampler,
     _start_loader_worker,
     collate_images,
@@ -415,3 +417,17 @@ def test_tune_runs_on_datasets_and_streams(tmp_path):
     )
     assert set(result["batches_per_s"]) == {0, 1}
     assert result["steps_per_s"] > 0
+    pandas.DataFrame({"x": range(100)}).to_parquet(tmp_path / "t.parquet")
+    stream = StreamingParquetDataset(tmp_path / "t.parquet")
+    seen = []
+    result = tune_dataloader(
+        stream,
+        4,
+        CPU,
+        step=seen.append,
+        seconds=0.05,
+        workers=[0, 1],
+        collate_fn=lambda batch: batch["x"].sum().item(),
+    )
+    assert set(result["batches_per_s"]) == {0, 1}
+    assert isinstance(seen[0], int)

@@ -65,7 +65,7 @@ TASKS = {
             example="--data photos --image-size 128",
             settings=(
                 'data: str = ""  # folder of class folders; empty: built-in digits',
-                "image_size: Count = 16  # pixels; images are scaled to this square",
+                "image_size: Count | None = None  # pixels of a side; none: see below",
             ),
             edit="build_model, build_datasets and compute_loss",
             legend="C channels or classes, H height, W width, D features",

@@ -140,7 +140,7 @@ def data_words(task: str, folder: Path) -> list[str]:
     """The options that make a run short: little data, two epochs."""
     data = str(WRITE_DATA[task](folder))
     words = ["--data", data, "--epochs", "2", "--batch-size", "16"]
-    words += ["--max-tokens=64"] if task == "lm" else []
+    words += {"lm": ["--max-tokens=64"], "image": ["--image-size=16"]}.get(task, [])
     return [*words, "--log-every", "2", "--num-workers", "0"]
 
 

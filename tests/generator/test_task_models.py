@@ -10,7 +10,7 @@ import torch
 from generator.cli import main
 from templates.builtin_data import stdlib_docstrings
 
-from .scripts import write_image_data, write_text_data
+from .scripts import import_file, write_image_data, write_script, write_text_data
 
 MODULE = """
 from torch import nn
@@ -243,3 +243,12 @@ def test_text_of_another_type_and_empty_ones_are_read(folder):
     train_set, val_set, _ = script.build_datasets("t.parquet", "text", 8, 0.1, 42)
     sizes = [s.offsets[-1] for s in (train_set, val_set)]
     assert sum(sizes) == 200 * 5  # four digits and the end of the text
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes"), [([], (16, 64)), (["--model=hf:name"], (224, 224))]
+)
+def test_image_size_fits_the_data_and_the_model(model, sizes, tmp_path):
+    config = import_file(write_script(tmp_path, "--task=image", *model)).Config
+    assert (config().image_size, config(data="photos").image_size) == sizes
+    assert config(data="photos", image_size=8).image_size == 8

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import importlib.util
 import json
 import os
 import signal
@@ -134,6 +135,15 @@ WRITE_DATA = {
     "tabular": write_tabular_data,
     "embedding": write_embedding_data,
 }
+
+
+def import_file(path: Path):
+    """A generated script as a module, not to be found under its name again."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_train", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def data_words(task: str, folder: Path) -> list[str]:

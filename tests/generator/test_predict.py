@@ -5,7 +5,6 @@ Each is compared with a direct call of the trained model, one sample at a time.
 
 import contextlib
 import csv
-import importlib.util
 import io
 import json
 import os
@@ -20,16 +19,15 @@ from torch import nn
 
 from templates.checkpoint_io import read_checkpoint_file
 
-from .scripts import STRICT, data_words, docstrings, environment, run, write_script
-
-
-def import_file(path: Path):
-    """A generated script as a module, not to be found under its name again."""
-    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_train", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+from .scripts import (
+    STRICT,
+    data_words,
+    docstrings,
+    environment,
+    import_file,
+    run,
+    write_script,
+)
 
 
 def predict(folder: Path, *words: str, expect: int = 0) -> str:

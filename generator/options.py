@@ -28,6 +28,7 @@ class Task:
     unit: str = "samples"  # what a batch is counted in
     collate: str = "collate"  # makes a batch of samples; "": those of a stream are one
     measure: str = "count_right"  # gives metrics beside the loss, if any does
+    score: str = ""  # the metric, better when higher, that may choose the best weights
 
     @property
     def setting_names(self) -> list[str]:
@@ -56,6 +57,7 @@ TASKS = {
             epochs=4,
             batch_size=32,
             learning_rate=1e-3,
+            score="val_accuracy",
         ),
         Task(
             name="image",
@@ -75,6 +77,7 @@ TASKS = {
             batch_size=32,
             learning_rate=2e-3,
             collate="collate_images",
+            score="val_accuracy",
         ),
         Task(
             name="lm",
@@ -138,6 +141,7 @@ TASKS = {
             batch_size=128,
             learning_rate=1e-3,
             measure="",
+            score="val_recall_at_1",
         ),
     )
 }
@@ -314,7 +318,7 @@ SECTIONS = {
         ),
         Section(
             "deterministic",
-            "deterministic kernels wherever PyTorch has them",
+            "deterministic kernels; an operation that has none is an error",
             "deterministic kernels",
             "8",
         ),

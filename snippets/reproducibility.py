@@ -17,7 +17,8 @@ def set_seed(seed: int, deterministic: bool = True) -> None:
     """NumPy has a generator of its own: numpy.random.seed(seed) where it is used."""
     random.seed(seed)
     torch.manual_seed(seed)  # the CPU and all GPUs
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    # With warn_only=True attention on GPUs would keep its inexact backward.
+    torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
 
 

@@ -48,22 +48,27 @@ KEPT_CHECKPOINT_OPS = (
 OFFLOADED_DEVICES = ("cuda",)
 
 
-def set_seed(seed: int = 42, deterministic: bool = True) -> None:
+def set_seed(
+    seed: int = 42, deterministic: bool = True, warn_only: bool = False
+) -> None:
     """Seed every random generator, and switch deterministic kernels on or off.
 
     Call it before CUDA is first used: cuBLAS reads its workspace setting once.
 
     Args:
         seed: for Python, NumPy (where installed, modulo 2**32) and PyTorch.
-        deterministic: True chooses deterministic kernels (an operation that has none
-            warns and runs); False takes those switches back.
+        deterministic: True chooses deterministic kernels; False takes those switches
+            back. An operation that has none raises RuntimeError with its name.
+        warn_only: such operations warn and run. On GPUs attention is one of them then:
+            its flash and memory-efficient kernels are deterministic only without this
+            (aten/src/ATen/native/transformers/cuda/attention_backward.cu).
     """
     if deterministic:
         # Without it cuBLAS (10.2 and later) may pick another workspace every run.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = deterministic
-    torch.use_deterministic_algorithms(deterministic, warn_only=deterministic)
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
     random.seed(seed)
     torch.manual_seed(seed)  # the CPU, every CUDA and XPU device, and MPS
     try:
@@ -497,6 +502,24 @@ def count_right(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.T
 
 
 @torch.inference_mode()
+def is_better(
+    metrics: Mapping[str, float], best: Mapping[str, float], best_by: str
+) -> bool:
+    """Whether an epoch's metrics are the best so far; a NaN never is.
+
+    Args:
+        best: metrics of the best epoch; at first {"val_loss": inf} will do.
+        best_by: "val_loss", or a metric that is better when it is higher; of equal ones
+            the lower val_loss wins.
+    """
+
+    def rank(values: Mapping[str, float]) -> tuple[float, float]:
+        loss = -values["val_loss"]
+        return (loss if best_by == "val_loss" else values.get(best_by, -math.inf), loss)
+
+    return math.isfinite(metrics["val_loss"]) and rank(metrics) > rank(best)
+
+
 def evaluate_model(
     model: nn.Module,
     batches: Iterable[tuple[Any, Any]],

@@ -146,6 +146,7 @@ OTHERS = {
         "--batch-size",
         "--image-size",
         "--log-every",
+        "--best-by",
         "--text-column",
         "--label-column",
     ),

@@ -5,10 +5,12 @@ from out of memory, profiling, ...) is compared to the bit with the script witho
 """
 
 import itertools
+import json
 import random
 from pathlib import Path
 
 import pytest
+import torch
 from allpairspy import AllPairs
 
 from generator.options import (
@@ -225,3 +227,18 @@ def test_accumulation_equals_the_whole_batch(task, tmp_path):
         states.append(newest_state(tmp_path / str(parts))["parts"]["model"])
     for state in states[1:]:
         assert largest_difference(states[0], state) < 1e-9
+
+
+def test_best_by_accuracy_and_a_log_of_epochs_alone(tmp_path):
+    script = write_script(tmp_path, "--task=image")
+    # By loss the first epoch is the best, by accuracy the second.
+    fake = (
+        "rows = iter([(0.1, 0.5), (0.2, 0.9), (0.3, 0.7)]); "
+        "script.evaluate_model = lambda *args, **settings: dict("
+        "zip(('val_loss', 'val_accuracy'), next(rows)))"
+    )
+    words = [*data_words("image", tmp_path), "--epochs=3", "--log-every=0"]
+    run(script, *words, "--best-by=val_accuracy", inject=fake)
+    log = (tmp_path / "runs/image/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in log] == [1, 2, 3]
+    assert torch.load(tmp_path / "runs/image/best.pt")["epoch"] == 2

@@ -10,7 +10,12 @@ import torch
 from generator.cli import main
 from templates.builtin_data import stdlib_docstrings
 
-from .scripts import import_file, write_image_data, write_script, write_text_data
+from .scripts import (
+    import_file,
+    write_image_data,
+    write_script,
+    write_text_data,
+)
 
 MODULE = """
 from torch import nn

@@ -24,6 +24,7 @@ from templates.training_utils import (
     get_onecycle_warmup_scheduler,
     get_wsd_warmup_scheduler,
     gradients_are_finite,
+    is_better,
     set_seed,
     split_batch,
     split_evenly,
@@ -103,6 +104,7 @@ def test_set_seed_sets_the_cublas_workspace_before_it_touches_cuda(monkeypatch):
 def test_set_seed_without_determinism_takes_the_switches_back():
     set_seed(0, deterministic=True)
     assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
     assert torch.backends.cudnn.deterministic
     set_seed(0, deterministic=False)
     assert not torch.are_deterministic_algorithms_enabled()
@@ -545,6 +547,26 @@ def test_an_evaluation_waits_for_a_real_gpu_only_at_its_end():
 def backward(model, scaler, factor=1.0):
     loss = model(torch.ones(3, 4)).square().mean() * factor
     (loss if scaler is None else scaler.scale(loss)).backward()
+
+
+@pytest.mark.parametrize(
+    ("loss", "accuracy", "by_loss", "by_accuracy"),
+    [
+        (0.4, 0.7, True, False),
+        (0.6, 0.9, False, True),
+        (0.4, 0.8, True, True),  # equal accuracy: the loss decides
+        (0.5, 0.8, False, False),
+        (math.nan, 0.9, False, False),
+        (0.4, math.nan, True, False),
+    ],
+)
+def test_is_better_by_loss_or_by_accuracy(loss, accuracy, by_loss, by_accuracy):
+    best = {"epoch": 1, "val_loss": 0.5, "val_accuracy": 0.8}
+    metrics = {"val_loss": loss, "val_accuracy": accuracy}
+    assert is_better(metrics, best, "val_loss") is by_loss
+    assert is_better(metrics, best, "val_accuracy") is by_accuracy
+    first = {"epoch": 0, "val_loss": math.inf}
+    assert is_better(metrics, first, "val_loss") is math.isfinite(loss)
 
 
 def test_clear_gradients_leaves_what_zero_grad_leaves():

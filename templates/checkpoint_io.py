@@ -24,6 +24,7 @@ import contextlib
 import dataclasses
 import enum
 import functools
+import glob
 import io
 import json
 import math
@@ -57,7 +58,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Write a file so that a crash leaves either the old one or the new one, whole.
 
     `torch.save` alone truncates the good file first. Here: a temporary file in the same
-    folder, flushed to the disk, then renamed over `path`.
+    folder, flushed to the disk, then renamed over `path`; then those that killed
+    processes have left of it are removed. Only one process may write a file at a time.
 
     Raises:
         CheckpointError: the disk refused; what was at `path` is still there.
@@ -82,6 +84,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     finally:
         with contextlib.suppress(OSError):  # gone already, or never made
             temporary.unlink()
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        leftover.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

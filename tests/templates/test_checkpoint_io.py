@@ -106,6 +106,13 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     assert os.listdir(tmp_path) == ["a.pt"]
 
 
+def test_a_write_removes_what_killed_ones_have_left_of_the_same_file(tmp_path):
+    for name in (".a[1].pt.7.tmp", ".b.pt.7.tmp", "a[1].pt"):
+        (tmp_path / name).write_bytes(b"half")
+    write_checkpoint_file({"a": 1}, tmp_path / "a[1].pt")
+    assert sorted(os.listdir(tmp_path)) == [".b.pt.7.tmp", "a[1].pt"]
+
+
 def test_what_is_no_fault_of_the_disk_keeps_its_error_and_leaves_no_file(tmp_path):
     def write(file):
         raise RuntimeError("device-side assert")

@@ -283,8 +283,13 @@ def mosaic_stream(files: list[str], workers: int = 0) -> Iterator[int]:
                     writer.write({k: columns_cast(v) for k, v in row.items()})
                 break
     data = streaming.StreamingDataset(local=str(folder), shuffle=True, batch_size=BATCH)
-    for batch in DataLoader(data, BATCH, num_workers=workers):
-        yield len(batch["label"])
+    try:
+        for batch in DataLoader(data, BATCH, num_workers=workers):
+            yield len(batch["label"])
+    finally:
+        if hasattr(data, "_iterator"):  # else its threads go on beside all others
+            data._iterator.exit()
+            data._executor.shutdown()
 
 
 def columns_cast(value: Any) -> Any:

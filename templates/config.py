@@ -306,7 +306,8 @@ def continue_run(
     Args:
         config: a dataclass.
         facts: what else has to be as it was, such as the number of samples; kept in
-            facts.json.
+            facts.json. If "machine" (device, precision, version) differs, a line says
+            that the result may no longer be the same to the bit.
         may_change: settings that do not alter the result of a run.
 
     Raises:
@@ -319,10 +320,15 @@ def continue_run(
         if not (folder / name).exists():
             continue
         began = read_config_file(str(folder / name))
+        if "machine" in values and began.get("machine") != values["machine"]:
+            print(
+                f"warning: this run was on {began.get('machine')}; here its result may "
+                "differ in the last digits"
+            )
         changed += [
             f"{key} was {began.get(key)!r} and is {value!r}"
             for key, value in values.items()
-            if key not in may_change and began.get(key) != value
+            if key not in {*may_change, "machine"} and began.get(key) != value
         ]
     if changed:
         raise ConfigError(

@@ -12,4 +12,7 @@ sys.path.insert(0, str(path.parent))
 if __name__ == "__main__":
     script = importlib.import_module(path.stem)
     exec(statements, {"script": script})
-    sys.exit(script.main())
+    exit_code = script.main()
+    if hasattr(script, "cleanup_distributed"):  # as its own last lines do
+        script.cleanup_distributed()
+    sys.exit(exit_code)

@@ -318,6 +318,18 @@ def test_continue_run_takes_the_same_settings_and_refuses_others(tmp_path):
     assert json.loads((tmp_path / "run/config.json").read_text()) == kept
 
 
+def test_continue_run_warns_of_another_machine_and_goes_on(tmp_path, capsys):
+    facts = {"samples": 3, "machine": "cuda:0: H100, torch 2.13"}
+    for _ in range(2):
+        continue_run(Settings(), str(tmp_path), facts)
+    assert capsys.readouterr().out == ""
+    facts["machine"] = "cuda:0: A100, torch 2.13"
+    continue_run(Settings(), str(tmp_path), facts)
+    assert "this run was on cuda:0: H100, torch 2.13" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="samples was 3 and is 4"):
+        continue_run(Settings(), str(tmp_path), {**facts, "samples": 4})
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for begin in (start_run, lambda *words: continue_run(*words)):

@@ -501,7 +501,6 @@ def count_right(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.T
     return {"accuracy": (logits.argmax(-1) == labels).sum()}
 
 
-@torch.inference_mode()
 def is_better(
     metrics: Mapping[str, float], best: Mapping[str, float], best_by: str
 ) -> bool:
@@ -520,6 +519,7 @@ def is_better(
     return math.isfinite(metrics["val_loss"]) and rank(metrics) > rank(best)
 
 
+@torch.inference_mode()
 def evaluate_model(
     model: nn.Module,
     batches: Iterable[tuple[Any, Any]],

@@ -512,6 +512,15 @@ def test_evaluation_does_not_depend_on_how_the_samples_are_cut(count_targets, si
     }
 
 
+def test_an_evaluation_records_no_gradients():
+    def compute_loss(model, x, y):
+        assert torch.is_inference_mode_enabled()
+        return cross_entropy_of(model, x, y)
+
+    batches = [(torch.randn(2, 4), torch.zeros(2).long())]
+    assert evaluate_model(make_model(), batches, compute_loss, count_right)
+
+
 @pytest.mark.parametrize("count_targets", [len, count_real])
 def test_an_evaluation_does_not_hide_a_loss_that_is_nan(count_targets):
     batches = [

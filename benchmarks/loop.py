@@ -39,11 +39,14 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
+
+from templates.optimizers import parameter_groups  # noqa: E402
 
 torch.set_num_threads(1)
 RESULTS = Path(__file__).parent / "results"
@@ -51,6 +54,8 @@ TURN = 25  # steps of one loop before the next one has its turn
 SKIPPED = 5  # of them, while the caches fill again
 BATCH = 32
 CLASSES = 10
+# Of all loops, as generated scripts have it: weight decay for matrices alone.
+DECAY_GROUPS = partial(parameter_groups, weight_decay=0.01)
 
 
 # --- turns
@@ -202,17 +207,8 @@ def make_model(kind: str) -> nn.Module:
     return Tiny() if kind == "tiny" else Small()
 
 
-def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Weight decay for matrices alone, as generated scripts have it."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.01},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
 def make_parts(
-    kind: str, steps: int, groups: Callable[[nn.Module], Any] = decay_groups
+    kind: str, steps: int, groups: Callable[[nn.Module], Any] = DECAY_GROUPS
 ) -> tuple[nn.Module, Any, DataLoader]:
     model = make_model(kind).train()
     optimizer = torch.optim.AdamW(groups(model), lr=1e-3, fused=True)
@@ -224,7 +220,7 @@ def make_parts(
 
 
 def bare(
-    kind: str, steps: int, groups: Callable[[nn.Module], Any] = decay_groups
+    kind: str, steps: int, groups: Callable[[nn.Module], Any] = DECAY_GROUPS
 ) -> None:
     model, optimizer, loader = make_parts(kind, steps, groups)
     for inputs, targets in loader:

@@ -878,9 +878,8 @@ class _RowLayout:
 
     A chunk is a list: a (columns, rows) matrix for all numeric columns of one type, a
     (rows, size) matrix for each fixed-size list, an Arrow array for each other column.
-    A column of a window fits the cache, where shuffling it takes a third of the time
-    of putting rows together first; columns that are wanted as rows are turned batch by
-    batch, when they are copied anyway.
+    A column of a window fits the cache, so that each is shuffled by itself; those that
+    are wanted as rows are turned batch by batch, when they are copied anyway.
     """
 
     def __init__(

@@ -222,7 +222,8 @@ def test_only_one_skill_file():
         path.relative_to(ROOT).as_posix()
         for path in ROOT.rglob("*")
         if path.name.lower() == "skill.md"
-        and not {"dist", ".venv", "build"} & set(path.relative_to(ROOT).parts)
+        and not {"dist", ".venv", ".venv-bench", "build"}
+        & set(path.relative_to(ROOT).parts)
     ]
     assert found == ["SKILL.md"]
 

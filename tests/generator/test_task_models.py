@@ -1,6 +1,5 @@
 """Each task with models that are not ours, run as scripts in this process: --model."""
 
-import importlib.util
 import json
 import sys
 
@@ -137,10 +136,7 @@ def run(folder, *words, options=()):
     """Write a script, run its main() and return it as a module."""
     path = folder / "train.py"
     assert main([*words, "-o", str(path), "--force"]) == 0
-    spec = importlib.util.spec_from_file_location("train", path)
-    script = importlib.util.module_from_spec(spec)
-    sys.modules["train"] = script  # as for dataclasses, which look it up
-    spec.loader.exec_module(script)
+    script = import_file(path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(path), *options])
         assert script.main() == 0

@@ -248,7 +248,7 @@ def idiom_lines(text: str) -> list[str]:
 def test_snippet_is_short_says_when_and_stands_alone(path):
     text = path.read_text(encoding="utf-8")
     assert 10 <= len(idiom_lines(text)) <= 40
-    assert text.count("\n") <= 100
+    assert text.count("\n") <= 95  # save_load, with its proof
     opening = ast.get_docstring(ast.parse(text))
     assert opening.startswith("Use when ")
     assert "\n\nNot when " in opening

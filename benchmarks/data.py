@@ -12,6 +12,7 @@ or with --only data-<first table>.md.
 
 import argparse
 import csv
+import functools
 import importlib.machinery
 import importlib.util
 import itertools
@@ -103,6 +104,8 @@ def write_photos(folder: Path, count: int, size: tuple[int, int]) -> None:
 
 
 # --- contenders: each yields the number of rows of each batch
+
+Contender = Callable[[], Iterator[int]]
 
 
 def decode_only(files: list[str]) -> Iterator[int]:
@@ -322,11 +325,19 @@ def csv_pyarrow(path: str) -> Iterator[int]:
         yield len(batch.column(0).to_pylist())
 
 
-def csv_ours(path: str, shuffle: bool) -> Iterator[int]:
-    """The index pass is part of it."""
-    stream = StreamingTextDataset(path, shuffle=shuffle)
-    for batch in StreamBatchLoader(stream, BATCH):
-        yield len(batch["text"])
+def csv_ours(path: str, shuffle: bool, again: bool = False) -> Contender:
+    """The first epoch, with the pass that counts the rows, or one of the later ones."""
+
+    def load() -> StreamBatchLoader:
+        return StreamBatchLoader(StreamingTextDataset(path, shuffle=shuffle), BATCH)
+
+    kept = functools.cache(load)
+
+    def run() -> Iterator[int]:
+        for batch in (kept if again else load)():
+            yield len(batch["text"])
+
+    return run
 
 
 class SeedImages(Dataset):
@@ -386,7 +397,7 @@ def hf_images(paths: list[str]) -> Iterator[int]:
 
 # --- measuring
 
-Contenders = dict[str, Callable[[], Iterator[int]]]
+Contenders = dict[str, Contender]
 
 
 def contenders(table: str, folder: Path) -> Contenders:
@@ -421,8 +432,9 @@ def contenders(table: str, folder: Path) -> Contenders:
             "csv.DictReader": lambda: csv_module(path),
             "pyarrow open_csv (file order)": lambda: csv_pyarrow(path),
             "polars scan_csv (file order)": lambda: csv_polars(path),
-            "ours, shuffled": lambda: csv_ours(path, True),
-            "ours, file order": lambda: csv_ours(path, False),
+            "ours, shuffled, first epoch": csv_ours(path, True),
+            "ours, shuffled, later epochs": csv_ours(path, True, again=True),
+            "ours, file order, first epoch": csv_ours(path, False),
         }
     paths = sorted(map(str, (folder / table).glob("*.jpg")))
     sized = LazyImageDataset(paths, size=224)
@@ -547,7 +559,9 @@ def main() -> None:
         f"torch {torch.__version__}, pyarrow {pa.__version__}; "
         f"`OMP_NUM_THREADS=1 python benchmarks/data.py`, median of {runs} interleaved "
         "runs. Ours shuffles. First batch and memory: a fresh process; memory is the "
-        "peak above the imports, anonymous and shared, workers included.",
+        "peak above the imports, anonymous and shared, workers included. By "
+        "that variable Arrow's own pool has one thread, for peers and bound alike; ours "
+        "decodes in two.",
     ]
     RESULTS.mkdir(exist_ok=True)
     name_of_run = f"data-{arguments.only.split(',')[0]}" if arguments.only else "data"

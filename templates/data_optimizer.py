@@ -45,7 +45,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class DataError(ValueError):
         return super().__str__().rpartition("DataError: ")[2].rstrip("\n")
 
 
+@functools.cache  # import_module takes 5 us, several times a batch
 def _import_data_package(name: str, package: str) -> Any:
     try:
         return importlib.import_module(name)
@@ -514,10 +515,10 @@ class _ParquetSource(_FileSource):
         self.filters = filters
         super().__init__(*args)
         # Arrow holds a page of each column of each open row group, 1 MB by default:
-        # four row groups of 16 columns are 64 MB, and leave the cache alone as well.
+        # three row groups of 16 columns are 48 MB, and leave the cache alone as well.
         chunk = self.row_bytes * int(self.block_rows.max(initial=0)) // len(self.types)
         pages = len(self.types) * max(1, min(chunk, 1 << 20))
-        self.together = max(1, min(16, (72 << 20) // pages))
+        self.together = max(1, min(16, (54 << 20) // pages))
 
     def _hive_values(self, file: str) -> dict[str, Any]:
         """Return the `key=value` folders below the path that the user gave."""
@@ -1082,8 +1083,9 @@ class _WindowFeed(IterableDataset):
                 if workers
                 else torch.UntypedStorage(nbytes)
             )
-            for _ in range(4 if workers else 2)
+            for _ in range(4 if workers else 3)
         ]
+        self.depth = 1 if workers else 2
 
     def __iter__(self) -> Iterator[Any]:
         """Yield what `windows` does, in a worker, without what lies in the ring."""
@@ -1124,7 +1126,7 @@ class _WindowFeed(IterableDataset):
             yield share, told[0][0], lost, chunk, others
 
     def windows(self, worker: int = 0, workers: int = 1) -> Iterator[Any]:
-        """Decode window after window, one ahead of what is used.
+        """Decode window after window, one or two ahead of what is used.
 
         Yields:
             ((rows in the order of the batches, how many go into each batch, whether
@@ -1142,25 +1144,35 @@ class _WindowFeed(IterableDataset):
         # Arrow releases the GIL. Workers have their own core for it.
         threads = 1 if workers > 1 else min(4, _usable_cpu_count())
         with ThreadPoolExecutor(threads) as pool:
+            begun: dict[int, Future] = {}
             start = functools.partial(
-                self._start_window, pool, readers, worker, workers
+                self._start_window, pool, readers, begun, worker, workers
             )
-            following = next(todo, None)
-            ahead = following and start(*following)
+            ahead = collections.deque(
+                itertools.starmap(start, itertools.islice(todo, self.depth))
+            )
             while ahead:
                 following = next(todo, None)  # before waiting: it has to be ordered
-                share, first, chunk, parts = ahead
+                share, first, chunk, parts = ahead.popleft()
                 done = [part.result() for part in parts]
-                ahead = following and start(*following)
+                if following:
+                    ahead.append(start(*following))
                 lost, others = self._join(done)
                 yield share, first, lost, chunk, others
 
     def _start_window(
-        self, pool: Any, readers: dict[int, Any], worker: int, workers: int, *todo: Any
+        self,
+        pool: Any,
+        readers: dict[int, Any],
+        begun: dict[int, Future],
+        worker: int,
+        workers: int,
+        share: tuple[_StreamWindow, Any, list[int], bool],
+        chunk: list[Any],
     ) -> Any:
         """Begin to decode a worker's blocks of a window."""
         np = _import_data_package("numpy", "numpy")
-        (window, rows, counts, whole), chunk = todo
+        window, rows, counts, whole = share
         if len(rows) >= self.rows:
             raise DataError(
                 f"{len(window.blocks)} row groups or files of few rows come together "
@@ -1180,26 +1192,31 @@ class _WindowFeed(IterableDataset):
             turn = (worker - window.group) % workers
             mine = np.searchsorted(middle * workers, [turn, turn + 1])
             first, last = first + mine[0], first + mine[1]
-        for block in [b for b in readers if b not in window.blocks]:
-            del readers[block]
-        parts = [
-            pool.submit(
+        for block, part in list(begun.items()):
+            if block not in window.blocks and part.done():
+                del begun[block]
+                readers.pop(block, None)
+        parts = []
+        for i in range(first, last):
+            block = int(window.blocks[i])
+            begun[block] = pool.submit(
                 self._read_part,
                 readers,
+                begun.get(block),
                 chunk,
                 where[edges[i] : edges[i + 1]],
-                int(window.blocks[i]),
+                block,
                 int(window.low[i]),
                 int(window.high[i]),
             )
-            for i in range(first, last)
-        ]
+            parts.append(begun[block])
         begin = int(edges[first]) if parts else window.rows
         return (rows, counts, whole), begin, chunk, parts
 
     def _read_part(
         self,
         readers: dict[int, Any],
+        before: Future | None,
         chunk: list[Any],
         where: Any,
         block: int,
@@ -1207,6 +1224,9 @@ class _WindowFeed(IterableDataset):
         high: int,
     ) -> tuple[list[list[Any]], Any]:
         """Decode a block's rows low to high, which go to `where` in the chunk.
+
+        Args:
+            before: decodes the rows before them, and comes first.
 
         Returns:
             (the arrays of the columns that are in no matrix, places that were lost).
@@ -1216,6 +1236,8 @@ class _WindowFeed(IterableDataset):
         source, layout = self.stream.source, self.layout
         others: list[list[Any]] = [[] for _ in layout.others]
         at = 0
+        if before:
+            wait([before])
         try:
             if block not in readers:
                 ahead = max(1024, min(4 * (high - low), 1 << 16))
@@ -1238,6 +1260,8 @@ class _WindowFeed(IterableDataset):
             readers[block] = None
             lost = [[pa.nulls(high - low, kind)] for kind in layout.schema.types]
             return lost, where[where >= 0]
+        if others and get_worker_info():  # its allocator keeps 70 MB of texts else
+            pa.default_memory_pool().release_unused()
         return others, np.empty(0, dtype=np.int64)
 
     def _join(self, done: list[Any]) -> tuple[Any, list[Any]]:

@@ -560,8 +560,8 @@ def main() -> None:
         f"`OMP_NUM_THREADS=1 python benchmarks/data.py`, median of {runs} interleaved "
         "runs. Ours shuffles. First batch and memory: a fresh process; memory is the "
         "peak above the imports, anonymous and shared, workers included. By "
-        "that variable Arrow's own pool has one thread, for peers and bound alike; ours "
-        "decodes in two.",
+        "that variable Arrow's own pool has one thread, for peers and bound alike; "
+        "ours decodes in two.",
     ]
     RESULTS.mkdir(exist_ok=True)
     name_of_run = f"data-{arguments.only.split(',')[0]}" if arguments.only else "data"

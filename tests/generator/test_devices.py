@@ -39,6 +39,14 @@ def test_compiled_equals_eager(tmp_path):
     assert largest_difference(compiled["model"], eager["model"]) < 1e-3
 
 
+def test_language_models_compile_their_loss_as_well(tmp_path):
+    script = write_script(tmp_path, "--task=lm", "--compile")
+    words = [*data_words("lm", tmp_path), "--epochs=1"]
+    inject = "script.compile_model_if_available = lambda m, **_: print(type(m))"
+    output = run(script, *words, inject=inject)
+    assert "DecoderLM'>\n<class 'torch.nn.modules.loss.CrossEntropyLoss'>" in output
+
+
 def test_without_a_compiler_the_script_falls_back_and_gives_the_same(tmp_path):
     script = write_script(tmp_path, "--compile", "--resume")
     words = [*data_words("text", tmp_path), "--epochs=1"]

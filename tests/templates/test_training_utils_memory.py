@@ -939,6 +939,37 @@ def test_a_real_compiled_model_gives_eagers_results():
     assert model._compiled_call_impl is not None
 
 
+@pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+def test_a_compiled_loss_keeps_no_logits_in_fp32():
+    torch._dynamo.reset()
+    logits = torch.randn(64, 500).bfloat16().requires_grad_()
+    targets = torch.randint(0, 500, (64,))
+    targets[:5] = -100
+    loss_function = nn.CrossEntropyLoss()
+
+    def run() -> tuple[torch.Tensor, torch.Tensor, int]:
+        """The loss, the gradient, and the fp32 values that backward waits for."""
+        kept = []
+        logits.grad = None
+        with (
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda t: kept.append(t) or t, lambda t: t
+            ),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            loss = loss_function(logits, targets)
+        loss.backward()
+        wide = sum(t.numel() for t in kept if t.dtype is torch.float32)
+        return loss, logits.grad, wide
+
+    eager_loss, eager_gradient, eager_wide = run()
+    compile_model_if_available(loss_function, mode="default")
+    loss, gradient, wide = run()
+    assert wide < 500 < logits.numel() <= eager_wide
+    torch.testing.assert_close(loss, eager_loss)
+    torch.testing.assert_close(gradient, eager_gradient)
+
+
 @pytest.mark.gpu
 def test_a_real_compiled_training_step_on_a_gpu():
     torch._dynamo.reset()

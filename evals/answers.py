@@ -43,6 +43,14 @@ def edit(name: str, *changes: tuple[str, str]) -> Answer:
     return answer
 
 
+def in_turn(*answers: Answer) -> Answer:
+    def answer(folder: Path) -> None:
+        for each in answers:
+            each(folder)
+
+    return answer
+
+
 # The shuffled order as it was when the epoch began, and what of it is done.
 RESUMED = edit(
     "train.py",
@@ -256,7 +264,19 @@ WRONG_PAGE = PAGE.replace("FIRST", "0.881").replace("SECOND", "0.119")
 # As SKILL.md says; the wrong ones leave out what was asked for.
 TEXT = ("--task", "text", "-o", "train.py")
 IMAGE = ("--task", "image", "-o", "train.py")
+LM = ("--task", "lm", "--distributed", "ddp", "-o", "train.py")
 RECOMMENDED = ("--preset", "recommended")
+RECOVERY = (*TEXT, *RECOMMENDED, "--oom-recovery")
+NO_DROPOUT = edit("train.py", ("heads=4, dropout=0.1", "heads=4, dropout=0.0"))
+# The second try adds to the gradients that the first one has left.
+NOT_CLEARED = edit(
+    "train.py",
+    ("model.zero_grad(set_to_none=True)  # what a failed try has left behind", "pass"),
+    (
+        "    restore = remember_forward_state(model)",
+        "    model.zero_grad()\n    restore = remember_forward_state(model)",
+    ),
+)
 
 # eval -> (right, plausible but wrong)
 ANSWERS: dict[int, tuple[Answer, Answer]] = {
@@ -372,4 +392,10 @@ ANSWERS: dict[int, tuple[Answer, Answer]] = {
         write("serve.sh", SERVE.replace("--max-model-len", "--max-length")),
     ),
     12: (write("attention.md", RIGHT_PAGE), write("attention.md", WRONG_PAGE)),
+    # Ranks draw different dropout.
+    13: (in_turn(generate(*LM, *RECOMMENDED), NO_DROPOUT), generate(*LM, *RECOMMENDED)),
+    16: (
+        in_turn(generate(*RECOVERY), NO_DROPOUT),
+        in_turn(generate(*RECOVERY), NO_DROPOUT, NOT_CLEARED),
+    ),
 }

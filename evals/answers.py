@@ -264,6 +264,7 @@ WRONG_PAGE = PAGE.replace("FIRST", "0.881").replace("SECOND", "0.119")
 # As SKILL.md says; the wrong ones leave out what was asked for.
 TEXT = ("--task", "text", "-o", "train.py")
 IMAGE = ("--task", "image", "-o", "train.py")
+TABLE = ("--task", "tabular", "-o", "train.py")
 LM = ("--task", "lm", "--distributed", "ddp", "-o", "train.py")
 RECOMMENDED = ("--preset", "recommended")
 RECOVERY = (*TEXT, *RECOMMENDED, "--oom-recovery")
@@ -275,6 +276,27 @@ NOT_CLEARED = edit(
     (
         "    restore = remember_forward_state(model)",
         "    model.zero_grad()\n    restore = remember_forward_state(model)",
+    ),
+)
+
+HELD_IN_MEMORY = edit(
+    "train.py",
+    (
+        "    return open_table(path, label_column, objective, val_fraction, seed)\n",
+        """    from pyarrow import parquet
+
+    table = parquet.read_table(path)
+    names = [name for name in table.column_names if name != label_column]
+    x = torch.stack([torch.from_numpy(table[name].to_numpy()) for name in names], 1)
+    labels = torch.tensor(table[label_column].to_numpy())
+    samples = list(zip(x, labels, strict=True))
+    scales = {"mean": x.mean(0), "std": x.std(0)}
+    spec = {"features": names, "classes": [0, 1, 2], "scales": scales}
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    held_out = int(val_fraction * len(x))
+    train_set = [samples[i] for i in order[held_out:].tolist()]
+    return train_set, [samples[i] for i in order[:held_out].tolist()], spec
+""",
     ),
 )
 
@@ -394,6 +416,10 @@ ANSWERS: dict[int, tuple[Answer, Answer]] = {
     12: (write("attention.md", RIGHT_PAGE), write("attention.md", WRONG_PAGE)),
     # Ranks draw different dropout.
     13: (in_turn(generate(*LM, *RECOMMENDED), NO_DROPOUT), generate(*LM, *RECOMMENDED)),
+    14: (
+        generate(*TABLE, *RECOMMENDED),
+        in_turn(generate(*TABLE, *RECOMMENDED), HELD_IN_MEMORY),
+    ),
     16: (
         in_turn(generate(*RECOVERY), NO_DROPOUT),
         in_turn(generate(*RECOVERY), NO_DROPOUT, NOT_CLEARED),

@@ -180,10 +180,12 @@ def start_until(
     return process
 
 
-def kill_after(words: tuple[str, ...], folder: Path, name: str, epochs: int) -> None:
-    """Start it and kill it soon after this many epochs are in the log."""
+def kill_after(
+    words: tuple[str, ...], folder: Path, name: str, epochs: int, seconds: float = 0.1
+) -> None:
+    """Start it and kill it when this many epochs are in the log, and some seconds."""
     process = start_until(words, folder, name, epochs)
-    time.sleep(0.1)
+    time.sleep(seconds)
     kill(process)
 
 

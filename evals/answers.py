@@ -265,6 +265,7 @@ WRONG_PAGE = PAGE.replace("FIRST", "0.881").replace("SECOND", "0.119")
 TEXT = ("--task", "text", "-o", "train.py")
 IMAGE = ("--task", "image", "-o", "train.py")
 TABLE = ("--task", "tabular", "-o", "train.py")
+PAIRS = ("--task", "embedding", "-o", "train.py")
 LM = ("--task", "lm", "--distributed", "ddp", "-o", "train.py")
 RECOMMENDED = ("--preset", "recommended")
 RECOVERY = (*TEXT, *RECOMMENDED, "--oom-recovery")
@@ -419,6 +420,14 @@ ANSWERS: dict[int, tuple[Answer, Answer]] = {
     14: (
         generate(*TABLE, *RECOMMENDED),
         in_turn(generate(*TABLE, *RECOMMENDED), HELD_IN_MEMORY),
+    ),
+    # The wrong one keeps the epoch with the lowest loss.
+    15: (
+        in_turn(
+            generate(*PAIRS, *RECOMMENDED),
+            edit("train.py", ('at_1"] = "val_loss"', 'at_1"] = "val_recall_at_1"')),
+        ),
+        generate(*PAIRS, *RECOMMENDED),
     ),
     16: (
         in_turn(generate(*RECOVERY), NO_DROPOUT),

@@ -43,6 +43,14 @@ def edit(name: str, *changes: tuple[str, str]) -> Answer:
     return answer
 
 
+def in_turn(*answers: Answer) -> Answer:
+    def answer(folder: Path) -> None:
+        for each in answers:
+            each(folder)
+
+    return answer
+
+
 # The shuffled order as it was when the epoch began, and what of it is done.
 RESUMED = edit(
     "train.py",
@@ -256,7 +264,42 @@ WRONG_PAGE = PAGE.replace("FIRST", "0.881").replace("SECOND", "0.119")
 # As SKILL.md says; the wrong ones leave out what was asked for.
 TEXT = ("--task", "text", "-o", "train.py")
 IMAGE = ("--task", "image", "-o", "train.py")
+TABLE = ("--task", "tabular", "-o", "train.py")
+PAIRS = ("--task", "embedding", "-o", "train.py")
+LM = ("--task", "lm", "--distributed", "ddp", "-o", "train.py")
 RECOMMENDED = ("--preset", "recommended")
+RECOVERY = (*TEXT, *RECOMMENDED, "--oom-recovery")
+NO_DROPOUT = edit("train.py", ("heads=4, dropout=0.1", "heads=4, dropout=0.0"))
+# The second try adds to the gradients that the first one has left.
+NOT_CLEARED = edit(
+    "train.py",
+    ("model.zero_grad(set_to_none=True)  # what a failed try has left behind", "pass"),
+    (
+        "    restore = remember_forward_state(model)",
+        "    model.zero_grad()\n    restore = remember_forward_state(model)",
+    ),
+)
+
+HELD_IN_MEMORY = edit(
+    "train.py",
+    (
+        "    return open_table(path, label_column, objective, val_fraction, seed)\n",
+        """    from pyarrow import parquet
+
+    table = parquet.read_table(path)
+    names = [name for name in table.column_names if name != label_column]
+    x = torch.stack([torch.from_numpy(table[name].to_numpy()) for name in names], 1)
+    labels = torch.tensor(table[label_column].to_numpy())
+    samples = list(zip(x, labels, strict=True))
+    scales = {"mean": x.mean(0), "std": x.std(0)}
+    spec = {"features": names, "classes": [0, 1, 2], "scales": scales}
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    held_out = int(val_fraction * len(x))
+    train_set = [samples[i] for i in order[held_out:].tolist()]
+    return train_set, [samples[i] for i in order[:held_out].tolist()], spec
+""",
+    ),
+)
 
 # eval -> (right, plausible but wrong)
 ANSWERS: dict[int, tuple[Answer, Answer]] = {
@@ -372,4 +415,22 @@ ANSWERS: dict[int, tuple[Answer, Answer]] = {
         write("serve.sh", SERVE.replace("--max-model-len", "--max-length")),
     ),
     12: (write("attention.md", RIGHT_PAGE), write("attention.md", WRONG_PAGE)),
+    # Ranks draw different dropout.
+    13: (in_turn(generate(*LM, *RECOMMENDED), NO_DROPOUT), generate(*LM, *RECOMMENDED)),
+    14: (
+        generate(*TABLE, *RECOMMENDED),
+        in_turn(generate(*TABLE, *RECOMMENDED), HELD_IN_MEMORY),
+    ),
+    # The wrong one keeps the epoch with the lowest loss.
+    15: (
+        in_turn(
+            generate(*PAIRS, *RECOMMENDED),
+            edit("train.py", ('at_1"] = "val_loss"', 'at_1"] = "val_recall_at_1"')),
+        ),
+        generate(*PAIRS, *RECOMMENDED),
+    ),
+    16: (
+        in_turn(generate(*RECOVERY), NO_DROPOUT),
+        in_turn(generate(*RECOVERY), NO_DROPOUT, NOT_CLEARED),
+    ),
 }

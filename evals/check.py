@@ -1,6 +1,6 @@
 """Try the verifiers: an empty and a wrong answer must fail, a right one must pass.
 
-python evals/check.py [ID ...]  # make evals-check; all take a few minutes
+python evals/check.py [ID ...]  # make evals-check; all take a quarter of an hour
 """
 
 import sys

@@ -3,10 +3,15 @@
 import functools
 from pathlib import Path
 
-from evals.common import copy_of, expect, load_tensors, must_run, need, original
-
-# By torchrun's own module: the command may not be on PATH.
-LAUNCH = ["-m", "torch.distributed.run", "--standalone"]
+from evals.common import (
+    LAUNCH,
+    copy_of,
+    expect,
+    load_tensors,
+    must_run,
+    need,
+    original,
+)
 
 
 @functools.cache

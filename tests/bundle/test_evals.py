@@ -20,7 +20,7 @@ def test_form_is_that_of_the_standard():
     document = json.loads((ROOT / "evals/evals.json").read_text(encoding="utf-8"))
     assert document.keys() == {"skill_name", "evals"}
     assert document["skill_name"] == "pytorch-optimization"
-    assert [item["id"] for item in document["evals"]] == list(range(1, 13))
+    assert [item["id"] for item in document["evals"]] == list(range(1, 17))
     for item in document["evals"]:
         expected = ["id", "prompt", "expected_output", "files", "assertions"]
         assert list(item) == expected

@@ -179,8 +179,9 @@ def recall_at_k(
         own_R1 = scores_RN.diagonal(start).unsqueeze(1)
         rank_R = (~(scores_RN < own_R1)).sum(1)  # 1 is best; its own score counts too
         hits += torch.stack([(rank_R <= k).sum() for k in ks])
-    shares = (hits / count).tolist()
-    return {f"recall@{k}": share for k, share in zip(ks, shares, strict=True)}
+    return {
+        f"recall@{k}": hit / count for k, hit in zip(ks, hits.tolist(), strict=True)
+    }
 
 
 @torch.inference_mode()

@@ -55,6 +55,10 @@ def clear_memory() -> None:
         torch.mps.empty_cache()
 
 
+class InsufficientMemoryError(RuntimeError):
+    """Out of memory whatever the batch size."""
+
+
 def train_with_oom_recovery(
     train_fn: Callable[[int], Any],
     initial_batch_size: int,
@@ -89,7 +93,7 @@ def train_with_oom_recovery(
 
     Raises:
         ValueError: sizes or retries that cannot be.
-        RuntimeError: out of memory at every size tried.
+        InsufficientMemoryError: out of memory at every size tried.
     """
     if not 1 <= min_batch_size <= initial_batch_size or max_retries < 0:
         raise ValueError(
@@ -120,7 +124,7 @@ def train_with_oom_recovery(
         report(f"Out of memory at batch size {tried[-2]}, trying {tried[-1]}: {reason}")
         if on_retry is not None:
             on_retry(tried[-1])
-    raise RuntimeError(
+    raise InsufficientMemoryError(
         f"out of memory at every batch size tried ({', '.join(map(str, tried))}; "
         f"min_batch_size={min_batch_size}, max_retries={max_retries}): turn on "
         "gradient checkpointing, shorten the inputs or use a smaller model. "

@@ -18,7 +18,7 @@ from templates.checkpoint_io import find_damage, list_training_states
 
 from .scripts import (
     END_AFTER_FOUR_SAVES,
-    SOME_TASKS,
+    ONE_TASK,
     data_words,
     newest_state,
     run,
@@ -65,7 +65,7 @@ def assert_as_uninterrupted(task: str, out_dir: Path) -> None:
     assert same(state, uninterrupted(task)[0])
 
 
-@pytest.mark.parametrize("task", SOME_TASKS)
+@pytest.mark.parametrize("task", ONE_TASK)
 def test_killed_at_five_random_moments(task, tmp_path):
     script, words = write_job(tmp_path, task)
     dice = random.Random(task)
@@ -87,7 +87,15 @@ def test_killed_at_five_random_moments(task, tmp_path):
     assert_as_uninterrupted(task, tmp_path / "killed")
 
 
-@pytest.mark.parametrize("moment", ["write", "replace", "sync_folder", "unlink"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "write",
+        "replace",
+        pytest.param("sync_folder", marks=pytest.mark.slow),
+        pytest.param("unlink", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_during_a_save(moment, tmp_path):
     script, words = write_job(tmp_path, "text")
     victim = {

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from templates.error_handlers import (
+    InsufficientMemoryError,
     SafeTrainingContext,
     clear_memory,
     handle_cuda_error,
@@ -152,7 +153,7 @@ def fails_above(limit: int, tried: list[int]):
 )
 def test_recovery_ends_at_exactly_the_smallest_size(arguments, sizes):
     tried, reports, resets = [], [], []
-    with pytest.raises(RuntimeError, match="out of memory at every") as raised:
+    with pytest.raises(InsufficientMemoryError, match="at every batch size") as raised:
         train_with_oom_recovery(
             fails_above(0, tried),
             *arguments,

@@ -20,6 +20,7 @@ FLAGS = ("--amp", "--checkpointing")
 # Where assistants look for skills, seen from the folder of the user's project.
 HOMES = (".claude/skills", ".agents/skills", ".codex/skills", ".cursor/skills")
 SKILLS_CLI = "skills@1.5.15"  # the last that runs on Node 18 and 20
+CLAUDE_CODE = "@anthropic-ai/claude-code@2.1.197"
 
 spec = importlib.util.spec_from_file_location("make_skill", ROOT / ".ci/make_skill.py")
 packer = importlib.util.module_from_spec(spec)
@@ -251,3 +252,27 @@ def test_installed_by_npx_skills(skill, project, expected):
     for home in homes:
         must(sys.executable, home / "generator", *FLAGS, "--force", cwd=project)
         assert (project / "train.py").read_bytes() == expected
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("npx"), reason="needs Node")
+def test_installed_as_a_plugin_by_claude_code(skill, project, tmp_path, expected):
+    clone = tmp_path / "a clone"
+    shutil.copytree(skill, clone)
+    shutil.copytree(ROOT / ".claude-plugin", clone / ".claude-plugin")
+    home = tmp_path / "home"
+    env = {"CLAUDE_CONFIG_DIR": str(home)}
+    claude = ("npx", "--yes", CLAUDE_CODE, "plugin")
+    done = run(*claude, "validate", "--strict", clone, cwd=project, env=env)
+    if done.returncode and "npm error network" in done.stderr:
+        pytest.skip("the npm registry is out of reach")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    must(*claude, "marketplace", "add", clone, cwd=project, env=env)
+    must(*claude, "install", NAME, cwd=project, env=env)
+    inventory = must(*claude, "details", NAME, cwd=project, env=env)
+    assert f"Skills (1)  {NAME}" in inventory
+    (command,) = (home / "plugins/cache").glob("*/*/*/bin/generate-script")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    must(command, *FLAGS, cwd=project, env={"PATH": path})
+    assert (project / "train.py").read_bytes() == expected

@@ -1703,6 +1703,10 @@ class StreamingParquetDataset(_ColumnStream):
     Iterating gives each row as a dict of Python values; `StreamBatchLoader` gives
     batches of tensors and never makes an object a row.
 
+    Memory does not grow with the files, but with their width: Arrow holds a page (up to
+    1 MB) and a dictionary of each column that is read. Measured with imports: under
+    300 MB for 17 columns, 0.6 to 1.0 GB for 400 (row groups of 20 and 100 thousand).
+
     Args:
         file_path: a file, folder (`key=value` folders become columns), glob or URI
             (s3://, gs://, what fsspec knows), or a list of them.

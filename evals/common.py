@@ -62,10 +62,11 @@ def must_run(words: list, folder: Path, timeout_s: float = 120, **more: str) -> 
 
 @contextmanager
 def copy_of(answer: Path) -> Iterator[Path]:
-    """A copy to run in, so that one check leaves nothing behind for the next."""
+    """A copy to run in, without what runs, the assistant's own too, have left behind."""
     with tempfile.TemporaryDirectory(prefix="eval ") as name:
         folder = Path(name) / "copy"
-        shutil.copytree(answer, folder, ignore=shutil.ignore_patterns("__pycache__"))
+        left = shutil.ignore_patterns("__pycache__", "runs")
+        shutil.copytree(answer, folder, ignore=left)
         yield folder
 
 

@@ -62,7 +62,7 @@ def must_run(words: list, folder: Path, timeout_s: float = 120, **more: str) -> 
 
 @contextmanager
 def copy_of(answer: Path) -> Iterator[Path]:
-    """A copy to run in, without what runs, the assistant's own too, have left behind."""
+    """A copy to run in, without what earlier runs, the assistant's too, left."""
     with tempfile.TemporaryDirectory(prefix="eval ") as name:
         folder = Path(name) / "copy"
         left = shutil.ignore_patterns("__pycache__", "runs")

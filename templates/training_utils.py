@@ -314,6 +314,12 @@ def split_batch(batch: Any, micro_batch: int) -> Iterator[Any]:
     )
 
 
+def split_batches(batches: Iterable[Any], micro_batch: int) -> Iterator[Any]:
+    """The micro-batches of each batch, by `split_batch`; an empty batch stays one."""
+    for batch in batches:
+        yield from split_batch(batch, micro_batch) if _count_samples(batch) else [batch]
+
+
 def split_evenly(batch: Any, pieces: int) -> Iterator[Any]:
     """Cut a batch into exactly `pieces` parts of nearly equal size, as views.
 

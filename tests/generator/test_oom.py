@@ -18,7 +18,8 @@ from .scripts import (
 
 FLAGS = ("--oom-recovery", "--resume", "--clip", "--scheduler=cosine", "--ema=0.9")
 
-# More than `room` samples at once do not fit, from the call number `first` on.
+# More than `room` samples at once do not fit, from the call number `first` on, in
+# training and in the evaluation after it.
 SHORT_OF_MEMORY = """
 import torch
 real, calls = script.compute_loss, []
@@ -26,8 +27,8 @@ def compute_loss(model, inputs, labels):
     result = real(model, inputs, labels)
     if model.training:
         calls.append(len(labels))
-        if len(calls) > {first} and len(labels) > {room}:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    if len(calls) > {first} and len(labels) > {room}:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     return result
 script.compute_loss = compute_loss
 if hasattr(script, "accumulate_contrastive_gradients"):

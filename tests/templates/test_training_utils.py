@@ -27,6 +27,7 @@ from templates.training_utils import (
     is_better,
     set_seed,
     split_batch,
+    split_batches,
     split_evenly,
     step_optimizer,
     train_step_with_clipping,
@@ -432,6 +433,13 @@ def test_split_batch_covers_every_sample_once(micro, sizes):
         assert all(type(p) is type(batch) for p in pieces)
         assert torch.equal(joined([get_x(p) for p in pieces]), x)
         assert torch.equal(joined([get_y(p) for p in pieces]), y)
+
+
+def test_split_batches_keeps_an_empty_share():
+    """With more ranks than rows of validation data one rank has none."""
+    batches = [torch.arange(5), torch.arange(0), torch.arange(2)]
+    pieces = split_batches(batches, 2)
+    assert [piece.tolist() for piece in pieces] == [[0, 1], [2, 3], [4], [], [0, 1]]
 
 
 def test_split_batch_gives_views_of_a_plain_tensor():

@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,7 @@ def train_with_oom_recovery(
     on_retry: Callable[[int], None] | None = None,
     report: Callable[[str], None] = print,
     agree: Callable[[bool], bool] | None = None,
+    patience: int = 0,
 ) -> Any:
     """Call train_fn(batch_size), with half the size after each out of memory.
 
@@ -87,6 +89,8 @@ def train_with_oom_recovery(
         agree: called after every try with whether it failed here; returns whether it
             failed on any rank (`any_rank` of distributed.py). All ranks have to begin
             with the same sizes and retries.
+        patience: further tries with min_batch_size, after 0.25, 0.5, 1, ... seconds:
+            what other processes hold of the GPU may be free by then.
 
     Returns:
         What train_fn returned.
@@ -101,7 +105,7 @@ def train_with_oom_recovery(
             f"min_batch_size={min_batch_size}, max_retries={max_retries}: "
             "need 1 <= min_batch_size <= initial_batch_size and max_retries >= 0"
         )
-    tried = [initial_batch_size]
+    tried, waits = [initial_batch_size], 0
     while True:
         result, reason = None, ""
         try:
@@ -117,11 +121,16 @@ def train_with_oom_recovery(
         result = None
         clear_memory()
         retries_left = max_retries - len(tried) + 1
-        if tried[-1] == min_batch_size or retries_left == 0:
+        size = tried[-1]
+        if size > min_batch_size and retries_left:
+            half = max(min_batch_size, size // 2)
+            tried.append(half if retries_left > 1 else min_batch_size)
+        elif waits < patience:
+            time.sleep(0.25 * 2**waits)
+            waits += 1
+        else:
             break
-        half = max(min_batch_size, tried[-1] // 2)
-        tried.append(half if retries_left > 1 else min_batch_size)
-        report(f"Out of memory at batch size {tried[-2]}, trying {tried[-1]}: {reason}")
+        report(f"Out of memory at batch size {size}, trying {tried[-1]}: {reason}")
         if on_retry is not None:
             on_retry(tried[-1])
     raise InsufficientMemoryError(

@@ -168,6 +168,30 @@ def test_recovery_ends_at_exactly_the_smallest_size(arguments, sizes):
     assert "gradient checkpointing" in str(raised.value)
 
 
+def test_recovery_waits_with_the_smallest_size_for_others_to_free_memory(monkeypatch):
+    pauses, tried, reports, resets = [], [], [], []
+    monkeypatch.setattr("time.sleep", pauses.append)
+
+    def fit_after_three_pauses(size):
+        tried.append(size)
+        if len(pauses) < 3:
+            raise torch.OutOfMemoryError(CUDA_OOM)
+        return "trained"
+
+    options = {"patience": 3, "on_retry": resets.append, "report": reports.append}
+    assert train_with_oom_recovery(fit_after_three_pauses, 4, **options) == "trained"
+    assert tried == [4, 2, 1, 1, 1, 1]
+    assert pauses == [0.25, 0.5, 1.0]
+    assert resets == tried[1:]
+    assert reports[-1].startswith("Out of memory at batch size 1, trying 1: CUDA out")
+    pauses.clear()
+    with pytest.raises(InsufficientMemoryError, match=r"\(1; min_batch_size=1"):
+        train_with_oom_recovery(
+            fit_after_three_pauses, 1, patience=2, report=reports.append
+        )
+    assert pauses == [0.25, 0.5]
+
+
 def test_recovery_returns_the_result_of_the_first_size_that_fits():
     tried, reports = [], []
     result = train_with_oom_recovery(fails_above(30, tried), 100, report=reports.append)

@@ -32,7 +32,7 @@ from .stitch import Library
 
 BAD_REQUEST = 2
 WOULD_OVERWRITE = 3
-ANSWERS = ("task", "model", "output", "split", *SECTIONS)  # what makes a script
+ANSWERS = ("task", "model", "set", "output", "split", *SECTIONS)  # what makes a script
 
 
 class RequestError(Exception):
@@ -76,6 +76,13 @@ def make_parser() -> RequestParser:
         nargs="?",
         metavar="SIZE",
         help="sections for this machine and a model of SIZE parameters (100M)",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        metavar="NAME=VALUE",
+        help="defaults of the script's settings: --set epochs=20 log_every=0",
     )
     parser.add_argument(
         "--from", metavar="FILE.yaml", help="options from a file; these go over it"
@@ -158,6 +165,7 @@ def run(words: Sequence[str]) -> None:
             "split" in answers,
             answers.get("model") or "",
             given,
+            answers.get("set"),
         )
         if request is None or problems:
             raise RequestError(problems + more)
@@ -195,8 +203,15 @@ def collect_answers(
             lines += [f"  {SECTIONS[c.section].flag}: {c.reason}" for c in choices]
             if not quiet:
                 print("\n".join(lines), file=sys.stderr)
+    defaults = dict(saved.pop("set", None) or {})
+    for word in options.get("set", []):
+        name, equals, value = word.partition("=")
+        defaults[name.replace("-", "_")] = value
+        if not equals:
+            problems.append(f"--set {word}: write NAME=VALUE, such as epochs=20")
     answers |= saved
     answers |= {name: options[name] for name in ANSWERS if name in options}
+    answers["set"] = defaults
     return {name: text for name, text in answers.items() if text is not False}, problems
 
 
@@ -217,6 +232,10 @@ def read_answers(path: str) -> tuple[dict[str, Any], list[str]]:
         name = str(key).replace("-", "_")
         if name not in ANSWERS:
             problems.append(f"--from {path}: {suggest(str(key), ANSWERS)}")
+        elif name == "set" and isinstance(value, dict):
+            answers[name] = {str(key): str(text) for key, text in value.items()}
+        elif name == "set":
+            problems.append(f"--from {path}: set: write one `name: value` a line")
         elif value is False:  # switched off
             answers[name] = False
         else:
@@ -232,6 +251,7 @@ def save_answers(request: Request, path: str, force: bool) -> None:
     if request.model.name:
         answers["model"] = str(request.model)
     answers |= request.sections
+    answers |= {"set": dict(request.defaults)} if request.defaults else {}
     answers |= {"split": True} if request.split else {}
     answers["output"] = request.output
     write_files({path: yaml.safe_dump(answers, sort_keys=False)}, force)
@@ -241,7 +261,11 @@ def write_script(
     request: Request, force: bool, as_json: bool, answers_path: str | None = None
 ) -> None:
     """Render, write, and say what to do next."""
-    script = import_render().render_script(request)
+    render = import_render()
+    try:
+        script = render.render_script(request)
+    except render.DefaultsError as error:
+        raise RequestError(error.problems) from None
     files = {request.output: script.text}
     if request.split:
         path = Path(request.output)

@@ -449,6 +449,7 @@ class Request:
     output: str = "train.py"
     split: bool = False
     model: Model = Model()
+    defaults: Mapping[str, str] = field(default_factory=dict)  # of settings
 
     @property
     def stem(self) -> str:
@@ -475,6 +476,9 @@ class Request:
             for name, section in SECTIONS.items()
             if name in self.sections
         ]
+        if self.defaults:
+            words.append("--set")
+            words += [f"{name}={value}" for name, value in self.defaults.items()]
         return [*words, *["--split"][: self.split], "-o", self.output]
 
 
@@ -502,6 +506,7 @@ NOT_A_SCRIPT = (
     "--split",
     "--preset",
     "--auto",
+    "--set",
     "--from",
     "--save",
     *(item.flag for item in SECTIONS.values()),
@@ -609,12 +614,14 @@ def check_request(
     split: bool,
     model: str = "",
     given: Iterable[str] = (),
+    defaults: Mapping[str, str] | None = None,
 ) -> tuple[Request | None, list[str]]:
     """A request from the words of a command line, or everything that is wrong with it.
 
     Args:
         sections: name of a section -> the text of its value, None for the bare flag.
         given: further flags that were given, which may not go with these.
+        defaults: other ones for the script's settings; checked when it is rendered.
     """
     problems = []
     values = {}
@@ -648,7 +655,8 @@ def check_request(
         )
     if problems:
         return None, problems
-    return Request(TASKS[task], values, output, split, parsed_model), []
+    request = Request(TASKS[task], values, output, split, parsed_model, defaults or {})
+    return request, []
 
 
 def suggest(unknown: str, known: Sequence[str], kind: str = "option") -> str:

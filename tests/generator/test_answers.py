@@ -1,7 +1,9 @@
 """Ways to choose sections: --preset, --auto, --from and --save."""
 
+import ast
 import json
 import os
+import shlex
 import stat
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from generator.options import (
     check_request,
     preset_sections,
 )
+
+from .scripts import assert_clean_to_ruff
 
 
 @pytest.fixture(autouse=True)
@@ -154,3 +158,61 @@ def test_auto_refuses_what_is_no_size(capsys):
 def test_a_model_that_cannot_be_is_refused(text, capsys):
     assert main([f"--model={text}"]) == 2
     assert f"--model {text}: give hf:NAME" in capsys.readouterr().err
+
+
+def settings_of(path: str) -> dict:
+    """The defaults of a script's settings, by the source of their values."""
+    (node,) = (
+        node
+        for node in ast.parse(Path(path).read_text()).body
+        if isinstance(node, ast.ClassDef) and node.name == "Config"
+    )
+    fields = (field for field in node.body if isinstance(field, ast.AnnAssign))
+    return {field.target.id: ast.literal_eval(field.value) for field in fields}
+
+
+def test_set_changes_defaults_of_the_script_and_nothing_else(capsys):
+    words = ["--amp", "--force"]
+    assert main(words) == 0
+    plain, before = settings_of("train.py"), Path("train.py").read_text()
+    wanted = {"best_by": "val_accuracy", "log_every": 0, "learning_rate": 3e-4}
+    wanted |= {"cpu": True, "num_workers": 2, "data": "a b.csv"}
+    pairs = [f"{name}={value}" for name, value in wanted.items()]
+    pairs[1] = "log-every=0"  # as its option is spelled
+    command = command_of(capsys, *words[:1], "--set", *pairs[:2], "--set", *pairs[2:])
+    assert settings_of("train.py") == plain | wanted
+    after = Path("train.py").read_text()
+    changed = set(before.splitlines()) ^ set(after.splitlines())
+    in_code = [line for line in changed if " = " in line]
+    assert len(in_code) == 2 * len(wanted)  # the rest is the command in the header
+    assert_clean_to_ruff(Path())
+    # The header's command makes it again, and so does a file.
+    assert main([*shlex.split(command)[1:], "--force", "--save", "a.yaml"]) == 0
+    assert Path("train.py").read_text() == after
+    assert main(["--from", "a.yaml", "--force"]) == 0
+    assert Path("train.py").read_text() == after
+    assert main(["--from", "a.yaml", "--set", "log_every=7", "--force"]) == 0
+    assert settings_of("train.py") == plain | wanted | {"log_every": 7}
+
+
+def test_defaults_that_cannot_be_are_named_together(capsys):
+    wrong = ["epoch=3", "epochs=0", "log_every=x", "best_by=f1", "cpu=maybe"]
+    wrong += ['data="', f"out_dir={'long' * 20}", "clip_norm=1"]
+    assert main(["--set", *wrong]) == 2
+    said = capsys.readouterr().err
+    for complaint in (
+        "unknown setting epoch: did you mean epochs?",
+        "--set epochs=0: expected at least 1",
+        "--set log_every=x: expected a whole number",
+        "--set best_by=f1: expected one of val_loss, val_accuracy",
+        "--set cpu=maybe: expected true or false",
+        '--set data=": expected no quotes, backslashes or line ends',
+        "too long for a default: pass it to the script",
+        "unknown setting clip_norm",  # without --clip there is none
+    ):
+        assert complaint in said
+    assert not Path("train.py").exists()
+    assert main(["--set", "epochs", "--clip=x"]) == 2
+    said = capsys.readouterr().err
+    assert "--set epochs: write NAME=VALUE, such as epochs=20" in said
+    assert "--clip=x" in said

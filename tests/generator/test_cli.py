@@ -117,6 +117,7 @@ VALUES_OF_FLAGS = {
     "--model=hf": ["--model=hf:NAME"],
     "--model=timm": ["--model=timm:NAME"],
     "--preset": ["--preset=max"],
+    "--set": ["--set", "epochs=2"],
     "--from": ["--from=answers.yaml"],
     "--save": ["--save=answers.yaml"],
     "-o": ["-o", "x.py"],

@@ -184,6 +184,20 @@ def recall_at_k(
     }
 
 
+class _InPieces:
+    """A model that takes pieces of a batch one after another, and is itself else."""
+
+    def __init__(self, model: nn.Module, split: Callable[[Any], Iterable[Any]]):
+        self._model, self._split = model, split
+
+    def __call__(self, inputs: Any) -> torch.Tensor:
+        pieces = list(self._split(inputs)) or [inputs]  # a rank's share may be empty
+        return torch.cat([self._model(piece) for piece in pieces])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
 @torch.inference_mode()
 def evaluate_embeddings(
     model: nn.Module,
@@ -191,6 +205,7 @@ def evaluate_embeddings(
     compute_loss: Callable[..., tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]],
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ks: Sequence[int] = (1, 10),
+    split: Callable[[Any], Iterable[Any]] | None = None,
 ) -> dict[str, float]:
     """Mean loss of the batches, and how often a query finds its document among all.
 
@@ -198,15 +213,18 @@ def evaluate_embeddings(
         batches: (queries, documents) on the model's device.
         compute_loss: (model, queries, documents) -> mean loss, (queries_BD,
             documents_BD); of several ranks it gathers the rows of all.
+        split: cuts what the model is called with, for less memory at once; the loss is
+            still that of whole batches.
 
     Returns:
         "val_loss", and "val_recall_at_1" and so on for each of `ks`.
     """
     model.eval()
+    encoder = _InPieces(model, split) if split else model
     loss_sum, vectors = 0.0, []
     for queries, documents in batches:
         with autocast():
-            loss, found = compute_loss(model, queries, documents)
+            loss, found = compute_loss(encoder, queries, documents)
         loss_sum += loss * len(found[0])
         vectors.append(found)
     queries_ND, documents_ND = (torch.cat(part) for part in zip(*vectors, strict=True))

@@ -2614,7 +2614,7 @@ class EpochLoader:
     def __iter__(self) -> Iterator[Any]:
         loader = self.loader
         if loader.num_workers or loader.pin_memory:
-            return iter(loader)
+            return _break_cycles(loader)
         return self._load_here()
 
     def _load_here(self) -> Iterator[Any]:

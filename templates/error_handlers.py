@@ -60,6 +60,23 @@ class InsufficientMemoryError(RuntimeError):
     """Out of memory whatever the batch size."""
 
 
+def _call_or_free(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
+    """Return (result, ""), or (None, why) where memory ran out; that is free again."""
+    try:
+        return function(*arguments), ""
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+    # Out of the except block: its traceback held the failed try's tensors.
+    clear_memory()
+    return None, reason
+
+
+def _seconds_to_wait(waits: int) -> float:
+    return 0.25 * 2**waits
+
+
 def train_with_oom_recovery(
     train_fn: Callable[[int], Any],
     initial_batch_size: int,
@@ -107,26 +124,19 @@ def train_with_oom_recovery(
         )
     tried, waits = [initial_batch_size], 0
     while True:
-        result, reason = None, ""
-        try:
-            result = train_fn(tried[-1])
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = str(error).partition("\n")[0] or type(error).__name__
-        # Out of the except block: its traceback held the failed try's tensors.
+        result, reason = _call_or_free(train_fn, tried[-1])
         if not (agree(bool(reason)) if agree else reason):
             return result
-        reason = reason or "on another rank"
-        result = None
-        clear_memory()
+        if not reason:
+            result, reason = None, "on another rank"
+            clear_memory()
         retries_left = max_retries - len(tried) + 1
         size = tried[-1]
         if size > min_batch_size and retries_left:
             half = max(min_batch_size, size // 2)
             tried.append(half if retries_left > 1 else min_batch_size)
         elif waits < patience:
-            time.sleep(0.25 * 2**waits)
+            time.sleep(_seconds_to_wait(waits))
             waits += 1
         else:
             break
@@ -139,6 +149,102 @@ def train_with_oom_recovery(
         "gradient checkpointing, shorten the inputs or use a smaller model. "
         f"Last error: {reason}"
     )
+
+
+def wait_for_memory(
+    purpose: str,
+    action: Callable[[], Any],
+    patience: int = 5,
+    report: Callable[[str], None] = print,
+) -> Any:
+    """Call action(), and again after 0.25, 0.5, 1, ... seconds if memory runs out.
+
+    For what has no batch that could be made smaller: other processes may hold the
+    memory, and free it.
+
+    Args:
+        purpose: what the memory is for, in messages.
+        action: must be safe to call again after it failed half-way.
+        patience: tries after the first one; 5 take 8 seconds in all.
+
+    Raises:
+        InsufficientMemoryError: out of memory every time.
+    """
+    for waits in range(patience + 1):
+        result, reason = _call_or_free(action)
+        if not reason:
+            return result
+        if waits < patience:
+            report(f"Out of memory for {purpose}, trying again: {reason}")
+            time.sleep(_seconds_to_wait(waits))
+    raise InsufficientMemoryError(
+        f"out of memory for {purpose}, {patience + 1} times: use a smaller model, or a "
+        f"GPU that nobody else fills. Last error: {reason}"
+    )
+
+
+def allocate_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make the state that an optimizer otherwise makes in its first step.
+
+    Then all that training holds beside a batch is there from the start, and no step
+    can run out of memory half-way for it. Takes a step on zero gradients at a rate and
+    decay of zero, which leaves parameters as they are to the bit, and sets its count
+    back to 0. Needs the memory of the gradients for the time being.
+
+    Args:
+        optimizer: Adam, AdamW, SGD, Muon, Adafactor, or one with state that is zeros at
+            the beginning, which has not stepped yet.
+    """
+    groups = optimizer.param_groups
+    parameters = [p for group in groups for p in group["params"] if p.requires_grad]
+    kept = [(group["lr"], group["weight_decay"]) for group in groups]
+    optimizer.state.clear()  # of a try that failed half-way
+    try:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        for group in groups:
+            group["lr"] = group["weight_decay"] = 0.0
+        optimizer.step()
+    finally:
+        for group, (rate, decay) in zip(groups, kept, strict=True):
+            group["lr"], group["weight_decay"] = rate, decay
+        for parameter in parameters:
+            parameter.grad = None
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"] = torch.zeros_like(torch.as_tensor(state["step"]))
+
+
+def step_with_oom_recovery(
+    optimizer: torch.optim.Optimizer,
+    step: Callable[[], Any],
+    patience: int = 5,
+    report: Callable[[str], None] = print,
+) -> Any:
+    """Call step(), which updates the parameters; again if memory runs out.
+
+    Nothing can undo half an update. So a step is repeated only as long as it has not
+    written to any parameter or state of the optimizer, which after
+    `allocate_optimizer_state` is what to expect: what is large is there already. (A
+    fused kernel's writes are not seen, but it takes no memory.)
+
+    Raises:
+        InsufficientMemoryError: out of memory every time, or half-way.
+    """
+    tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    for state in optimizer.state.values():
+        tensors += [value for value in state.values() if torch.is_tensor(value)]
+    before = [tensor._version for tensor in tensors]  # counts writes
+
+    def attempt() -> Any:
+        if [tensor._version for tensor in tensors] != before:
+            raise InsufficientMemoryError(
+                "memory ran out while the optimizer was updating the parameters, which "
+                "cannot be undone: go on from the last state that was saved"
+            )
+        return step()
+
+    return wait_for_memory("the optimizer's step", attempt, patience, report)
 
 
 # (text of the error, cause, remedy); the first that matches counts. Texts as raised by

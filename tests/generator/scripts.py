@@ -46,7 +46,7 @@ SMALLER = {
 EXACT = {
     task: {
         "dropout=0.1": "dropout=0.0",
-        "build_model(**spec).to(device)": "build_model(**spec).to(device).double()",
+        "build_model(**spec)": "build_model(**spec).double()",
         **more,
     }
     for task, more in {

@@ -1,5 +1,6 @@
 """Out of memory, injected: the micro-batch halves, the effective batch does not."""
 
+import json
 import random
 from pathlib import Path
 
@@ -31,17 +32,18 @@ def compute_loss(model, inputs, labels):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     return result
 script.compute_loss = compute_loss
-if hasattr(script, "accumulate_contrastive_gradients"):
-    accumulate = script.accumulate_contrastive_gradients
-    def accumulate_short_of_memory(encode, *others, **options):
-        def encode_short_of_memory(piece):
-            result = encode(piece)
-            calls.append(len(piece[0]))
-            if len(calls) > {first} and len(piece[0]) > {room}:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB")
-            return result
-        return accumulate(encode_short_of_memory, *others, **options)
-    script.accumulate_contrastive_gradients = accumulate_short_of_memory
+if hasattr(script, "accumulate_contrastive_gradients"):  # the encoder is what is cut
+    script.compute_loss, build = real, script.build_model
+    def check(model, inputs):
+        if model.training:
+            calls.append(len(inputs[0]))
+        if len(calls) > {first} and len(inputs[0]) > {room}:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    def build_model(**spec):
+        model = build(**spec)
+        model.register_forward_pre_hook(check)
+        return model
+    script.build_model = build_model
 """
 
 
@@ -136,8 +138,9 @@ def compute_loss(model, inputs, labels):
         raise torch.OutOfMemoryError("CUDA out of memory")
     return loss(model, inputs, labels)
 def write_size(train_fn, size, **options):
-    with open("sizes.txt", "a") as file:
-        print(size, file=file)
+    if "on_retry" in options:  # not the evaluation
+        with open("sizes.txt", "a") as file:
+            print(size, file=file)
     return halve(train_fn, size, **options)
 script.compute_loss, script.train_with_oom_recovery = compute_loss, write_size
 """
@@ -147,6 +150,67 @@ script.compute_loss, script.train_with_oom_recovery = compute_loss, write_size
     run(script, *words, "--out-dir=enough")
     pair = (weights(tmp_path / name) for name in ("short", "enough"))
     assert largest_difference(*pair) < 1e-9
+
+
+def test_out_of_memory_anywhere_else_changes_nothing(tmp_path):
+    """Where the model and the optimizer's state are made, in a step, in evaluation."""
+    script = write_script(tmp_path, *FLAGS, "--amp")
+    words = data_words("text", tmp_path)
+    fault = """
+import torch
+def fail_at(owner, name, calls):
+    real, made = getattr(owner, name), []
+    def call(*values, **options):
+        made.append(1)
+        if len(made) in calls:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*values, **options)
+    setattr(owner, name, call)
+fail_at(torch.nn.Module, "to", [1])
+fail_at(script, "ModelEMA", [1])
+fail_at(torch.optim.AdamW, "step", [1, 5, 6, 9])  # the first: allocation
+fail_at(script, "count_right", [2, 3])
+"""
+    output = run(script, *words, "--out-dir=short", inject=fault)
+    for purpose, times in (
+        ("for the model", 1),
+        ("for the optimizer,", 1),
+        ("for averaged weights", 1),
+        ("for the optimizer's step", 3),
+        ("at batch size 16, trying 8", 1),
+        ("at batch size 8, trying 4", 1),
+    ):
+        assert output.count(f"Out of memory {purpose}") == times, purpose
+    run(script, *words, "--out-dir=enough")
+    assert same(weights(tmp_path / "short"), weights(tmp_path / "enough"))
+    logs = [
+        (tmp_path / name / "metrics.jsonl").read_text() for name in ("short", "enough")
+    ]
+    for one, two in zip(*(log.splitlines() for log in logs), strict=True):
+        # Validation is a mean over smaller pieces.
+        assert json.loads(one) == pytest.approx(json.loads(two), rel=1e-5)
+
+
+def test_a_step_that_fails_halfway_is_not_repeated(tmp_path):
+    script = write_script(tmp_path, *FLAGS)
+    words = [*data_words("text", tmp_path), "--save-every=2", "--out-dir=run"]
+    fault = """
+import torch
+real, calls = torch.optim.AdamW.step, []
+def step(self, *values):
+    calls.append(1)
+    result = real(self, *values)
+    if len(calls) == 6:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return result
+torch.optim.AdamW.step = step
+"""
+    output = run(script, *words, expect=1, inject=fault)
+    assert "error: memory ran out while the optimizer was updating" in output
+    assert "Traceback" not in output
+    run(script, *words)  # goes on from step 4
+    run(script, *words[:-1], "--out-dir=undisturbed")
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "undisturbed"))
 
 
 def test_other_errors_pass_and_hopeless_ones_say_what_was_tried(tmp_path):

@@ -12,6 +12,7 @@ from templates import contrastive
 from templates.contrastive import (
     accumulate_contrastive_gradients,
     contrastive_loss,
+    evaluate_embeddings,
     recall_at_k,
 )
 
@@ -356,3 +357,30 @@ def test_training_finds_the_pairs():
     )
     assert before < 0.2
     assert after > 0.8
+
+
+def test_evaluation_in_pieces_is_that_of_whole_batches():
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4).double()
+    model.scale = 3.0  # read by the loss
+    batches = [(torch.randn(n, 6).double(), torch.randn(n, 6).double()) for n in (8, 5)]
+    sizes = []
+    model.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+
+    def compute_loss(model, queries, documents):
+        queries, documents = (
+            nn.functional.normalize(model(x), dim=-1) for x in (queries, documents)
+        )
+        loss = contrastive_loss(queries, documents, 1 / model.scale)
+        return loss, (queries, documents)
+
+    def evaluate(**options):
+        return evaluate_embeddings(model, batches, compute_loss, ks=(1, 3), **options)
+
+    whole = evaluate()
+    assert set(sizes) == {8, 5}
+    sizes.clear()
+    assert evaluate(split=lambda x: x.split(3)) == pytest.approx(whole, abs=1e-12)
+    assert max(sizes) == 3
+    batches.append((torch.empty(0, 6).double(), torch.empty(0, 6).double()))
+    evaluate(split=lambda x: iter(x.split(3)[: len(x)]))  # nothing to cut

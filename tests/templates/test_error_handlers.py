@@ -10,20 +10,26 @@ import textwrap
 import threading
 import traceback
 import weakref
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from templates.error_handlers import (
     InsufficientMemoryError,
     SafeTrainingContext,
+    allocate_optimizer_state,
     clear_memory,
     handle_cuda_error,
     handle_data_loading_error,
     is_out_of_memory,
+    step_with_oom_recovery,
     train_with_oom_recovery,
+    wait_for_memory,
 )
+from templates.optimizers import build_adafactor, build_adamw, build_muon, build_sgd
 
 CUDA_OOM = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of "
@@ -191,6 +197,136 @@ def test_recovery_waits_with_the_smallest_size_for_others_to_free_memory(monkeyp
             fit_after_three_pauses, 1, patience=2, report=reports.append
         )
     assert pauses == [0.25, 0.5]
+
+
+def test_waiting_for_memory_repeats_what_failed_and_gives_up(monkeypatch):
+    pauses, reports = [], []
+    monkeypatch.setattr("time.sleep", pauses.append)
+
+    def fit_after_two_pauses():
+        if len(pauses) < 2:
+            raise torch.OutOfMemoryError(CUDA_OOM)
+        return "there"
+
+    assert wait_for_memory("it", fit_after_two_pauses, 2, reports.append) == "there"
+    assert pauses == [0.25, 0.5]
+    assert all(r.startswith("Out of memory for it, trying again") for r in reports)
+    pauses.clear()
+    with pytest.raises(InsufficientMemoryError, match=r"for it, 2 times: .*2\.00 GiB"):
+        wait_for_memory("it", fit_after_two_pauses, 1, reports.append)
+    with pytest.raises(ZeroDivisionError):
+        wait_for_memory("it", lambda: 1 / 0)
+
+
+OPTIMIZERS = {
+    "adamw": partial(build_adamw, learning_rate=1e-2, weight_decay=0.1),
+    "sgd": partial(build_sgd, learning_rate=1e-2, weight_decay=0.1),
+    "muon": partial(build_muon, learning_rate=1e-2, weight_decay=0.1),
+    "adafactor": partial(build_adafactor, learning_rate=1e-2, weight_decay=0.1),
+    "foreach": lambda model: torch.optim.AdamW(model.parameters(), foreach=True),
+    "loop": lambda model: torch.optim.SGD(
+        model.parameters(), lr=1e-2, momentum=0.9, weight_decay=0.1, foreach=False
+    ),
+}
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Embedding(16, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)
+    )
+
+
+def backward(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 16, (32,), generator=generator)
+    nn.functional.cross_entropy(model(ids), ids % 4).backward()
+
+
+def train_a_little(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    for seed in range(5):
+        optimizer.zero_grad()
+        backward(model, seed)
+        optimizer.step()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_made_beforehand_is_what_the_first_step_would_make(name):
+    lazy, eager = small_model(), small_model()
+    optimizer = OPTIMIZERS[name](eager)
+    parameters = list(eager.parameters())
+    before = [parameter.clone() for parameter in parameters]
+    settings = [
+        {k: v for k, v in group.items() if k != "params"}
+        for group in optimizer.param_groups
+    ]
+    real = optimizer.step
+    optimizer.state[parameters[0]]["step"] = torch.tensor(3.0)  # of a try that failed
+
+    def fail_after_a_step():
+        real()
+        raise torch.OutOfMemoryError(CUDA_OOM)
+
+    optimizer.step = fail_after_a_step
+    with pytest.raises(torch.OutOfMemoryError):
+        allocate_optimizer_state(optimizer)
+    optimizer.step = real
+    allocate_optimizer_state(optimizer)
+    for parameter, value in zip(parameters, before, strict=True):
+        assert torch.equal(parameter, value)
+        assert parameter.grad is None
+    assert settings == [
+        {k: v for k, v in group.items() if k != "params"}
+        for group in optimizer.param_groups
+    ]
+    held = {
+        value.data_ptr()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if torch.is_tensor(value)
+    }
+    trained = train_a_little(eager, optimizer)
+    wanted = train_a_little(lazy, OPTIMIZERS[name](lazy))
+    for key, value in wanted.items():
+        assert torch.equal(value, trained[key]), key
+    assert held == {
+        value.data_ptr()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if torch.is_tensor(value)
+    }  # the steps have made nothing more
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_is_repeated_only_if_it_has_written_nothing(name, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    model, undisturbed = small_model(), small_model()
+    optimizer, other = OPTIMIZERS[name](model), OPTIMIZERS[name](undisturbed)
+    for pair in ((model, optimizer), (undisturbed, other)):
+        allocate_optimizer_state(pair[1])
+        backward(pair[0], seed=0)
+    real, calls = optimizer.step, []
+
+    def fail_before_the_second_call():
+        calls.append(1)
+        if len(calls) < 3:
+            raise torch.OutOfMemoryError(CUDA_OOM)
+        real()
+
+    step_with_oom_recovery(optimizer, fail_before_the_second_call, report=silent)
+    other.step()
+    for one, two in zip(model.parameters(), undisturbed.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+    def fail_after_the_update():
+        real()
+        raise torch.OutOfMemoryError(CUDA_OOM)
+
+    if name == "sgd":  # one fused kernel, which takes no memory
+        return
+    with pytest.raises(InsufficientMemoryError, match="the last state that was saved"):
+        step_with_oom_recovery(optimizer, fail_after_the_update, report=silent)
 
 
 def test_recovery_returns_the_result_of_the_first_size_that_fits():

@@ -28,8 +28,10 @@ import copy
 import fnmatch
 import functools
 import glob
+import hashlib
 import importlib
 import itertools
+import json
 import os
 import random
 import re
@@ -1498,6 +1500,93 @@ class _LineSource(_FileSource):
             yield from table.to_batches()
 
 
+def _read_in_order(source: _LineSource) -> Iterator[Any]:
+    """Yield tables of all rows, in the order of the files, decoded in threads."""
+    pa = _import_data_package("pyarrow", "pyarrow")
+    schema = pa.schema(source.types.items())
+
+    def read(block: int) -> Iterator[Any]:
+        for _, arrays in source.read(block, 1 << 16, lambda *given: given[2]):
+            yield pa.table(arrays, names=schema.names).cast(schema)
+
+    threads = min(4, _usable_cpu_count())
+    ahead: collections.deque[Future] = collections.deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for block in source.block_rows.nonzero()[0].tolist():
+            is_file = source.block_key[block][1] < 0  # of any size: piece by piece
+            while len(ahead) > (0 if is_file else 2 * threads):
+                yield from ahead.popleft().result()
+            if is_file:
+                yield from read(block)
+            else:
+                ahead.append(pool.submit(lambda block: list(read(block)), block))
+        while ahead:
+            yield from ahead.popleft().result()
+
+
+def _write_parquet(tables: Iterable[Any], schema: Any, path: Path) -> None:
+    """Write tables to a file, all or nothing, in row groups of about 8 MB."""
+    pa = _import_data_package("pyarrow", "pyarrow")
+    pq = _import_data_package("pyarrow.parquet", "pyarrow")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # What is read fastest: neither compressed nor dictionaries.
+    options = {"compression": "none", "use_dictionary": False}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with pq.ParquetWriter(temporary, schema, **options) as writer:
+            group: list[Any] = []
+            for table in itertools.chain(tables, [None]):
+                size = sum(part.nbytes for part in group)
+                if group and (table is None or size >= 8 << 20):
+                    rows = pa.concat_tables(group)
+                    writer.write_table(rows, row_group_size=rows.num_rows)
+                    group = []
+                group.append(table)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _convert_once(
+    cache_dir: str | Path,
+    make_source: Callable[[], _LineSource],
+    filesystem: Any,
+    files: Iterable[str],
+    settings: Any,
+) -> _FileSource:
+    """Return the rows of text files from a Parquet file, which is made if need be.
+
+    Its name is a hash of the settings and of all files' names, sizes and times. Where
+    on_error="skip" has left something out, nothing is kept.
+    """
+    pa = _import_data_package("pyarrow", "pyarrow")
+    found = filesystem.get_file_info(list(files))
+    facts = [[info.path, info.size, info.mtime_ns] for info in found]
+    text = json.dumps([settings, facts], default=str)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    path = Path(cache_dir) / f"{digest}.parquet"
+    if not path.exists():
+        source = make_source()
+        if source.skipped:
+            return source
+        tables = _read_in_order(source)
+        try:
+            _write_parquet(tables, pa.schema(source.types.items()), path)
+        except DataError:
+            if source.on_error == "raise":
+                raise
+            return source
+        except OSError as error:
+            raise DataError(
+                f"cannot write {path}: {error}. Free space, or leave cache_dir out"
+            ) from error
+        finally:
+            tables.close()
+    return _ParquetSource(str(path), (".parquet",), None, None, None, "raise")
+
+
 # --- Streams, part 4: what users make
 
 
@@ -1651,6 +1740,10 @@ class StreamingTextDataset(_ColumnStream):
         encoding: of the files; UTF-16 and UTF-32 are read in one piece, like .gz.
         quote_char: None where quotes are plain letters.
         window_rows: rows that are shuffled together, by default 32768 or about 16 MB.
+        cache_dir: folder in which the columns are kept as Parquet, so that only the
+            first epoch parses text; takes as much disk as they do. Their order is
+            another one than without. Files that have changed are converted again, what
+            was made of the old ones stays until you delete it.
 
     Raises:
         DataError: names the file, column and remedy.
@@ -1674,21 +1767,30 @@ class StreamingTextDataset(_ColumnStream):
         rank: int | None = None,
         world_size: int | None = None,
         window_rows: int | None = None,
+        cache_dir: str | Path | None = None,
     ):
         names = list(dict.fromkeys([text_column, *(columns or [])]))
         endings = [".csv", ".tsv", ".jsonl", ".ndjson", ".json"]
         endings += [e + z for e in endings for z in (".gz", ".zst", ".bz2", ".lz4")]
-        source = _LineSource(
-            file_path,
-            tuple(endings),
-            filesystem,
-            names,
-            {text_column: "string", **(column_types or {})},
-            on_error,
-            encoding=encoding,
-            delimiter=delimiter,
-            quote_char=quote_char,
-        )
+        types = {text_column: "string", **(column_types or {})}
+        style = {
+            "encoding": encoding,
+            "delimiter": delimiter,
+            "quote_char": quote_char,
+        }
+
+        def make_source() -> _LineSource:
+            given = (file_path, tuple(endings), filesystem, names, types, on_error)
+            return _LineSource(*given, **style)
+
+        source: _FileSource
+        if cache_dir is None:
+            source = make_source()
+        else:
+            found = _list_data_files(file_path, tuple(endings), filesystem)
+            source = _convert_once(
+                cache_dir, make_source, *found, [names, types, style]
+            )
         super().__init__(
             source, chunk_size, shuffle, seed, fill_null, rank, world_size, window_rows
         )
@@ -2168,13 +2270,20 @@ def open_table(
     )
 
 
-def open_text_stream(data: str, columns: Sequence[str], seed: int) -> _ColumnStream:
-    """Rows of CSV, JSONL or Parquet files, of a folder or a glob, shuffled, as text."""
+def open_text_stream(
+    data: str, columns: Sequence[str], seed: int, cache_dir: str = ""
+) -> _ColumnStream:
+    """Rows of CSV, JSONL or Parquet files, of a folder or a glob, shuffled, as text.
+
+    Args:
+        cache_dir: of StreamingTextDataset; empty keeps nothing.
+    """
     options = {"seed": seed, "column_types": dict.fromkeys(columns, "string")}
     if data.endswith((".parquet", ".pq")):
         return StreamingParquetDataset(data, list(columns), shuffle=True, **options)
     first, *others = columns
-    return StreamingTextDataset(data, first, columns=others, shuffle=True, **options)
+    options |= {"shuffle": True, "cache_dir": cache_dir or None}
+    return StreamingTextDataset(data, first, columns=others, **options)
 
 
 TEXT_PIECE = 1 << 20  # characters of a text that are read and encoded at once

@@ -185,10 +185,12 @@ def test_streams_hold_the_rows_that_memory_does(task, folder):
     options = [*write_data(task, folder), "--epochs", "1", "--num-workers", "0"]
     names = ["text", "label"] if task == "text" else ["query", "document"]
     found = []
-    for words in ((), ("--stream",)):
-        script = run(folder, "--task", task, model, *words, options=options)
+    kept = str(folder / "kept")
+    for words, cache in (((), []), (("--stream",), [""]), (("--stream",), [kept])):
+        more = [f"--cache-dir={path}" for path in cache]
+        script = run(folder, "--task", task, model, *words, options=options + more)
         check_run(task, folder, script)
-        *sets, spec = script.build_datasets(options[1], *names, 0.2, 42)
+        *sets, spec = script.build_datasets(options[1], *names, *cache, 0.2, 42)
         collate = [] if words else [script.collate]
         device = torch.device("cpu")
         loaders = script.make_loaders(*sets, 16, device, 0, 42, *collate)
@@ -199,7 +201,10 @@ def test_streams_hold_the_rows_that_memory_does(task, folder):
             for x, y in zip(inputs, targets.view(len(inputs), -1), strict=True)
         ]
         found.append((sorted(rows), [len(s) for s in sets], spec))
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
+    assert (
+        len(list((folder / "kept").iterdir())) == 1
+    )  # the second use has made no other
 
 
 # --- Bad input -----------------------------------------------------------------------

@@ -527,6 +527,79 @@ def test_text_types(tmp_path):
     assert last["count"][-1] == -1
 
 
+def test_text_kept_as_parquet_is_the_same_and_made_once(
+    text_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("templates.data_optimizer._LINE_BLOCK_BYTES", 200)
+    options = {"columns": ["n", "y"], "shuffle": True, "window_rows": 50}
+    options |= {"cache_dir": tmp_path / "new" / "cache"}
+
+    def load(workers=0):
+        data = StreamingTextDataset(text_file, **options)
+        return StreamBatchLoader(data, 16, num_workers=workers)
+
+    loader = load()
+    whole = list(loader)
+    numbers = flat(batch["n"].tolist() for batch in whole)
+    assert numbers != sorted(numbers)
+    assert sorted(numbers) == list(range(len(TEXTS)))
+    assert flat(b["text"] for b in whole) == [TEXTS[n] for n in numbers]
+    assert whole[0]["n"].dtype == torch.int64
+    assert whole[0]["y"].unique().tolist() == [0.5]
+    with monkeypatch.context() as patch:
+
+        def parse(*values):
+            raise AssertionError("it is converted already")
+
+        patch.setattr("templates.data_optimizer._LineSource._parse", parse)
+        for again in (load(), load(workers=2)):
+            assert [b["text"] for b in again] == [b["text"] for b in whole]
+        again.set_epoch(0, start=7)
+        assert flat(b["text"] for b in again) == flat(b["text"] for b in whole[7:])
+        with pytest.raises(AssertionError):  # another column is another file
+            StreamingTextDataset(text_file, **{**options, "columns": ["n"]})
+    # Other rows: the same name, and here even the same size.
+    raw = text_file.read_bytes()
+    changed = raw.replace(b"line 7", b"LINE 7")
+    if changed != raw:
+        text_file.write_bytes(changed)
+        assert "LINE 7" in flat(b["text"] for b in load())
+    assert not list(options["cache_dir"].glob(".*"))
+
+
+def test_text_kept_as_parquet_lies_in_bounded_row_groups(tmp_path):
+    path = tmp_path / "t.jsonl"
+    texts = [f"{i:05}" * 200 for i in range(20_000)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = StreamingTextDataset(path, cache_dir=tmp_path / "cache")
+    assert list(data) == texts
+    (kept,) = (tmp_path / "cache").iterdir()
+    meta = pq.ParquetFile(kept).metadata
+    sizes = [meta.row_group(g).total_byte_size for g in range(meta.num_row_groups)]
+    assert len(sizes) > 1
+    assert max(sizes) < 12 << 20
+
+
+def test_text_that_cannot_be_kept(tmp_path, monkeypatch):
+    path, cache = tmp_path / "t.csv", tmp_path / "cache"
+    monkeypatch.setattr("templates.data_optimizer._LINE_BLOCK_BYTES", 100)
+    rows = [f"{i},text {i}" for i in range(100)]
+    path.write_text("\n".join(["id,text", *rows[:50], "1,2,3", *rows[50:]]) + "\n")
+    with pytest.raises(DataError, match=r"t\.csv.*Expected 2 columns"):
+        StreamingTextDataset(path, cache_dir=cache)
+    with pytest.raises(DataError, match=r"no column 'body' in .*t\.csv"):
+        StreamingTextDataset(path, "body", cache_dir=cache)
+    data = StreamingTextDataset(path, cache_dir=cache, on_error="skip")
+    assert 80 < len(list(data)) < 100
+    assert "t.csv" in data.skipped[0]
+    assert not list(cache.iterdir())  # the next run must hear of it, too
+    path.write_text("\n".join(["id,text", *rows]))
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("")
+    with pytest.raises(DataError, match=r"cannot write .*leave cache_dir out"):
+        StreamingTextDataset(path, cache_dir=in_the_way)
+
+
 # --- bad input
 
 

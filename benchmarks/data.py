@@ -19,8 +19,8 @@ import itertools
 import os
 import platform
 import resource
-import statistics
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile

@@ -270,14 +270,9 @@ LM = ("--task", "lm", "--distributed", "ddp", "-o", "train.py")
 RECOMMENDED = ("--preset", "recommended")
 RECOVERY = (*TEXT, *RECOMMENDED, "--oom-recovery")
 NO_DROPOUT = edit("train.py", ("heads=4, dropout=0.1", "heads=4, dropout=0.0"))
-# The second try adds to the gradients that the first one has left.
-NOT_CLEARED = edit(
-    "train.py",
-    ("model.zero_grad(set_to_none=True)  # what a failed try has left behind", "pass"),
-    (
-        "    restore = remember_forward_state(model)",
-        "    model.zero_grad()\n    restore = remember_forward_state(model)",
-    ),
+# What was cut off a micro-batch that did not fit is never trained on.
+SAMPLES_LOST = edit(
+    "train.py", ("        start += done\n", "        start += wanted\n")
 )
 
 HELD_IN_MEMORY = edit(
@@ -431,6 +426,6 @@ ANSWERS: dict[int, tuple[Answer, Answer]] = {
     ),
     16: (
         in_turn(generate(*RECOVERY), NO_DROPOUT),
-        in_turn(generate(*RECOVERY), NO_DROPOUT, NOT_CLEARED),
+        in_turn(generate(*RECOVERY), NO_DROPOUT, SAMPLES_LOST),
     ),
 }

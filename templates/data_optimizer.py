@@ -2979,14 +2979,19 @@ def split_samples(
     return Subset(samples, order[val_count:]), Subset(samples, order[:val_count])
 
 
-def move_batches(loader: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    """The batches of a loader on a device; pinned memory is copied without waiting.
+def move_batch(batch: Any, device: torch.device) -> Any:
+    """A batch on a device; pinned memory is copied without waiting.
 
     The tensors of nested dicts, lists and tuples are moved; a list of tensors, which
     the default collate makes of tuples, becomes a tuple.
     """
     # Elsewhere a copy that goes on may read freed memory.
     pinned = device.type == "cuda"
+    moved = _map_batch(lambda x: x.to(device, non_blocking=pinned), batch)
+    return tuple(moved) if isinstance(moved, list) else moved
+
+
+def move_batches(loader: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """The batches of a loader on a device, by `move_batch`."""
     for batch in _break_cycles(loader):
-        moved = _map_batch(lambda x: x.to(device, non_blocking=pinned), batch)
-        yield tuple(moved) if isinstance(moved, list) else moved
+        yield move_batch(batch, device)

@@ -74,7 +74,7 @@ def _call_or_free(function: Callable[..., Any], *arguments: Any) -> tuple[Any, s
 
 
 def _seconds_to_wait(waits: int) -> float:
-    return 0.25 * 2**waits
+    return 0.25 * 2 ** (waits - 1) if waits else 0.0
 
 
 def train_with_oom_recovery(
@@ -106,8 +106,8 @@ def train_with_oom_recovery(
         agree: called after every try with whether it failed here; returns whether it
             failed on any rank (`any_rank` of distributed.py). All ranks have to begin
             with the same sizes and retries.
-        patience: further tries with min_batch_size, after 0.25, 0.5, 1, ... seconds:
-            what other processes hold of the GPU may be free by then.
+        patience: further tries with min_batch_size, at once and after 0.25, 0.5, 1, ...
+            seconds: what other processes hold of the GPU may be free by then.
 
     Returns:
         What train_fn returned.
@@ -154,10 +154,10 @@ def train_with_oom_recovery(
 def wait_for_memory(
     purpose: str,
     action: Callable[[], Any],
-    patience: int = 5,
+    patience: int = 6,
     report: Callable[[str], None] = print,
 ) -> Any:
-    """Call action(), and again after 0.25, 0.5, 1, ... seconds if memory runs out.
+    """Call action(), again at once and after 0.25, 0.5, ... seconds if memory runs out.
 
     For what has no batch that could be made smaller: other processes may hold the
     memory, and free it.
@@ -165,7 +165,7 @@ def wait_for_memory(
     Args:
         purpose: what the memory is for, in messages.
         action: must be safe to call again after it failed half-way.
-        patience: tries after the first one; 5 take 8 seconds in all.
+        patience: tries after the first one; 6 take 8 seconds in all.
 
     Raises:
         InsufficientMemoryError: out of memory every time.
@@ -218,7 +218,7 @@ def allocate_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
 def step_with_oom_recovery(
     optimizer: torch.optim.Optimizer,
     step: Callable[[], Any],
-    patience: int = 5,
+    patience: int = 6,
     report: Callable[[str], None] = print,
 ) -> Any:
     """Call step(), which updates the parameters; again if memory runs out.

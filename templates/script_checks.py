@@ -105,27 +105,41 @@ def find_difference(left: Any, right: Any, place: str = "") -> str | None:
 
 
 @contextlib.contextmanager
-def out_of_memory_at_call(model: nn.Module, number: int) -> Iterator[list[int]]:
-    """Let one forward of the model raise what a full GPU raises.
+def out_of_memory_at_call(
+    model: nn.Module, number: int, backward: bool = False
+) -> Iterator[list[int]]:
+    """Let one forward of the model, or one gradient, raise what a full GPU raises.
 
     Args:
-        number: of that forward, counted from 1; only once.
+        number: of that forward, or gradient of a parameter, counted from 1; only once.
+        backward: a gradient: with 2 the first one is there when memory runs out.
 
     Yields:
         A list with the number of samples in each forward, to look at afterwards.
     """
     sizes: list[int] = []
+    calls = {"forward": 0, "backward": 0}
+
+    def fail_at(kind: str) -> None:
+        calls[kind] += 1
+        if calls[kind] == number and backward == (kind == "backward"):
+            raise torch.OutOfMemoryError("CUDA out of memory (injected by a test)")
 
     def count(module: nn.Module, args: Any, kwargs: Any) -> None:
         sizes.append(len(list_tensors([args, kwargs])[0]))
-        if len(sizes) == number:
-            raise torch.OutOfMemoryError("CUDA out of memory (injected by a test)")
+        fail_at("forward")
 
-    hook = model.register_forward_pre_hook(count, with_kwargs=True)
+    hooks = [model.register_forward_pre_hook(count, with_kwargs=True)]
+    hooks += [
+        parameter.register_post_accumulate_grad_hook(lambda _: fail_at("backward"))
+        for parameter in model.parameters()
+        if parameter.requires_grad
+    ]
     try:
         yield sizes
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def cut_dataset(dataset: Any, samples: int) -> Any:

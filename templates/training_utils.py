@@ -534,6 +534,7 @@ def evaluate_model(
     count_targets: Callable[[Any], Any] = len,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     reduce: Callable[[dict[str, Any]], Mapping[str, Any]] = dict,
+    run: Callable[..., Any] = lambda work, batch: work(*batch),
 ) -> dict[str, float]:
     """Mean loss and metrics over batches, in eval mode, each sample counted once.
 
@@ -543,13 +544,17 @@ def evaluate_model(
         measure: (outputs, targets) -> further metrics, as sums over the batch.
         count_targets: what the mean loss of a batch is a mean over.
         reduce: sums the totals over ranks.
+        run: (work, batch) calls work(inputs, targets) for all of a batch, in pieces and
+            again if need be (`run_in_pieces`).
 
     Returns:
         "val_loss", and "val_" before each name that `measure` gives.
     """
     model.eval()
     totals: dict[str, Any] = {}
-    for inputs, targets in batches:
+
+    def add(inputs: Any, targets: Any) -> None:
+        nonlocal totals
         with autocast():
             loss, outputs = compute_loss(model, inputs, targets)
         count = count_targets(targets)
@@ -559,6 +564,9 @@ def evaluate_model(
         loss_sum = (loss * count).masked_fill(is_empty, 0.0)
         sums = {"loss": loss_sum, **measure(outputs, targets), "count": count}
         totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
+
+    for batch in batches:
+        run(add, batch)
     totals = dict(reduce(totals))
     count = totals.pop("count")
     return {f"val_{name}": float(total / count) for name, total in totals.items()}
@@ -1046,6 +1054,91 @@ def remember_forward_state(model: nn.Module) -> Callable[[], None]:
                 buffer.copy_(value)
 
     return restore
+
+
+@contextlib.contextmanager
+def gradients_apart(model: nn.Module) -> Iterator[None]:
+    """Add the gradients of the block to those that are there, if all of it succeeds.
+
+    After an error they are as they were, even if a backward pass was half done. Takes
+    the memory of a second set of gradients, where there are some already.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    kept = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield
+        news = [parameter.grad for parameter in parameters]
+        both = [
+            (old, new)
+            for old, new in zip(kept, news, strict=True)
+            if old is not None and new is not None
+        ]
+        if both:
+            torch._foreach_add_(*map(list, zip(*both, strict=True)))
+        kept = [
+            new if old is None else old for old, new in zip(kept, news, strict=True)
+        ]
+    finally:
+        for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = gradient
+
+
+def run_in_pieces(
+    work: Callable[..., Any],
+    batch: Any,
+    micro_batch: int,
+    recover: Callable[..., int],
+    move: Callable[[Any], Any] = lambda piece: piece,
+    model: nn.Module | None = None,
+) -> int:
+    """Call work(*piece) for all of a batch, in micro-batches that fit into memory.
+
+    A piece for which memory runs out is done again in halves; what was done before it
+    stays done. So a batch gets through, however often memory runs out.
+
+    Args:
+        work: leaves nothing behind when it fails but what `model` says.
+        batch: as for `split_batch`. An empty one is passed on as it is.
+        recover: `train_with_oom_recovery`, with its options.
+        move: brings a piece to its device.
+        model: whose gradients, dropout and buffers (BatchNorm) a second try finds as
+            the first one did.
+
+    Returns:
+        The micro-batch that fitted.
+
+    Raises:
+        InsufficientMemoryError: there is not enough for one sample.
+    """
+    count, start = _count_samples(batch), 0
+    if not count:
+        work(*move(batch))
+
+    def run_piece(start: int, wanted: int) -> int:
+        restore = remember_forward_state(model) if model else None
+
+        def attempt(size: int) -> int:
+            piece = _slice_batch(batch, start, start + size)
+            with gradients_apart(model) if model else contextlib.nullcontext():
+                work(*move(piece))
+            return size
+
+        return recover(
+            attempt,
+            wanted,
+            max_retries=wanted.bit_length(),
+            on_retry=lambda _: restore() if restore else None,
+        )
+
+    while start < count:
+        wanted = min(micro_batch, count - start)  # the last one may be smaller
+        done = run_piece(start, wanted)
+        start += done
+        if done < wanted:
+            micro_batch = done
+    return micro_batch
 
 
 @contextlib.contextmanager

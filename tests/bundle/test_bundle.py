@@ -147,6 +147,7 @@ OTHERS = {
         "--image-size",
         "--log-every",
         "--best-by",
+        "--cache-dir",
         "--text-column",
         "--label-column",
     ),

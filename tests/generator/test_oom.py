@@ -89,24 +89,68 @@ def test_a_retry_repeats_dropout_to_the_bit(tmp_path):
     assert log == (tmp_path / "small/metrics.jsonl").read_text()
 
 
-def test_an_out_of_memory_midway_leaves_nothing_behind(tmp_path):
-    """In the second half of step 3, when the first has left its gradients already.
-
-    Against a run whose micro-batch is set to 4 at that step, without a fault.
-    """
-    script = write_script(tmp_path, *FLAGS, "--accumulate=2")
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_an_out_of_memory_midway_repeats_only_that_piece(where, tmp_path):
+    """In the second half of step 3, when the first has left its gradients already."""
+    script = write_script(tmp_path, *FLAGS, "--accumulate=2", edits=EXACT["text"])
     words = data_words("text", tmp_path)
-    fault = SHORT_OF_MEMORY.format(first=5, room=4)
-    run(script, *words, "--out-dir=oom", inject=fault)
-    planned = """
-real, calls = script.train_with_oom_recovery, []
-def halve_from_step_three(train_fn, size, **options):
-    calls.append(1)
-    return real(train_fn, 4 if len(calls) > 2 else size, **options)
-script.train_with_oom_recovery = halve_from_step_three
+    fault = """
+import torch
+real, calls, sizes = script.compute_loss, [], []
+class Fail(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+    @staticmethod
+    def backward(ctx, grad):
+        calls.append(1)
+        if len(calls) == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return grad
+def compute_loss(model, inputs, labels):
+    if not model.training:
+        return real(model, inputs, labels)
+    sizes.append(len(labels))
+    if len(sizes) == 9:
+        print("sizes", sizes)
+    if "WHERE" == "backward":
+        hidden = model.head.register_forward_pre_hook(lambda m, x: (Fail.apply(x[0]),))
+    loss = real(model, inputs, labels)
+    if "WHERE" == "backward":
+        hidden.remove()
+    elif len(sizes) == 6:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return loss
+script.compute_loss = compute_loss
 """
-    run(script, *words, "--out-dir=planned", inject=planned)
-    assert same(weights(tmp_path / "oom"), weights(tmp_path / "planned"))
+    output = run(script, *words, "--out-dir=oom", inject=fault.replace("WHERE", where))
+    assert "sizes [8, 8, 8, 8, 8, 8, 4, 4, 4]" in output
+    run(script, *words, "--out-dir=whole")
+    pair = (weights(tmp_path / name) for name in ("oom", "whole"))
+    assert largest_difference(*pair) < 1e-9
+
+
+def test_a_batch_gets_through_however_often_memory_runs_out(tmp_path):
+    """At every third call, also in evaluation: as often as not, a single sample."""
+    script = write_script(tmp_path, *FLAGS, edits=EXACT["text"])
+    words = data_words("text", tmp_path)
+    fault = """
+import torch
+real, calls = script.compute_loss, []
+def compute_loss(model, inputs, labels):
+    calls.append(1)
+    if len(calls) % 3 == 0:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return real(model, inputs, labels)
+script.compute_loss = compute_loss
+"""
+    run(script, *words, "--out-dir=oom", inject=fault)
+    run(script, *words, "--out-dir=whole")
+    pair = (weights(tmp_path / name) for name in ("oom", "whole"))
+    assert largest_difference(*pair) < 1e-9
+    logs = [(tmp_path / n / "metrics.jsonl").read_text() for n in ("oom", "whole")]
+    for one, two in zip(*(log.splitlines() for log in logs), strict=True):
+        assert json.loads(one) == pytest.approx(json.loads(two), rel=1e-6)
 
 
 def test_a_retry_leaves_batch_norm_as_if_nothing_had_failed(tmp_path):
@@ -126,23 +170,23 @@ script.train_with_oom_recovery = lambda f, size, **options: real(f, 8, **options
 
 def test_the_micro_batch_grows_back_when_memory_is_free_again(tmp_path):
     """Tried now and then, here at every third step; three times there is none."""
-    edits = {**EXACT["text"], "run.step % 100": "run.step % 3"}
+    edits = {**EXACT["text"], "run.step % 20": "run.step % 3"}
     script = write_script(tmp_path, *FLAGS, edits=edits)
     words = data_words("text", tmp_path)
     fault = """
 import torch
-loss, failed, halve = script.compute_loss, [], script.train_with_oom_recovery
+loss, failed, pieces = script.compute_loss, [], script.run_in_pieces
 def compute_loss(model, inputs, labels):
     if model.training and len(labels) > 4 and len(failed) < 3:
         failed.append(1)
         raise torch.OutOfMemoryError("CUDA out of memory")
     return loss(model, inputs, labels)
-def write_size(train_fn, size, **options):
-    if "on_retry" in options:  # not the evaluation
+def write_size(work, batch, micro_batch, *others, **options):
+    if others:  # not the evaluation
         with open("sizes.txt", "a") as file:
-            print(size, file=file)
-    return halve(train_fn, size, **options)
-script.compute_loss, script.train_with_oom_recovery = compute_loss, write_size
+            print(micro_batch, file=file)
+    return pieces(work, batch, micro_batch, *others, **options)
+script.compute_loss, script.run_in_pieces = compute_loss, write_size
 """
     run(script, *words, "--out-dir=short", inject=fault)
     sizes = [int(line) for line in (tmp_path / "sizes.txt").read_text().split()]
@@ -177,8 +221,8 @@ fail_at(script, "count_right", [2, 3])
         ("for the optimizer,", 1),
         ("for averaged weights", 1),
         ("for the optimizer's step", 3),
-        ("at batch size 16, trying 8", 1),
-        ("at batch size 8, trying 4", 1),
+        ("at batch size 12, trying 6", 1),
+        ("at batch size 6, trying 3", 1),
     ):
         assert output.count(f"Out of memory {purpose}") == times, purpose
     run(script, *words, "--out-dir=enough")

@@ -188,7 +188,7 @@ def test_recovery_waits_with_the_smallest_size_for_others_to_free_memory(monkeyp
     options = {"patience": 3, "on_retry": resets.append, "report": reports.append}
     assert train_with_oom_recovery(fit_after_three_pauses, 4, **options) == "trained"
     assert tried == [4, 2, 1, 1, 1, 1]
-    assert pauses == [0.25, 0.5, 1.0]
+    assert pauses == [0, 0.25, 0.5]
     assert resets == tried[1:]
     assert reports[-1].startswith("Out of memory at batch size 1, trying 1: CUDA out")
     pauses.clear()
@@ -196,7 +196,7 @@ def test_recovery_waits_with_the_smallest_size_for_others_to_free_memory(monkeyp
         train_with_oom_recovery(
             fit_after_three_pauses, 1, patience=2, report=reports.append
         )
-    assert pauses == [0.25, 0.5]
+    assert pauses == [0, 0.25]
 
 
 def test_waiting_for_memory_repeats_what_failed_and_gives_up(monkeypatch):
@@ -209,7 +209,7 @@ def test_waiting_for_memory_repeats_what_failed_and_gives_up(monkeypatch):
         return "there"
 
     assert wait_for_memory("it", fit_after_two_pauses, 2, reports.append) == "there"
-    assert pauses == [0.25, 0.5]
+    assert pauses == [0, 0.25]
     assert all(r.startswith("Out of memory for it, trying again") for r in reports)
     pauses.clear()
     with pytest.raises(InsufficientMemoryError, match=r"for it, 2 times: .*2\.00 GiB"):

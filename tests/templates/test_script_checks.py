@@ -71,6 +71,24 @@ def test_out_of_memory_comes_once_and_the_hook_goes():
     assert sizes == [4, 3, 1]
 
 
+def test_out_of_memory_in_a_backward_comes_when_some_gradients_are_there():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with out_of_memory_at_call(model, 2, backward=True) as sizes:
+        with pytest.raises(torch.OutOfMemoryError):
+            model(torch.ones(4, 2)).sum().backward()
+        model(torch.ones(3, 2)).sum().backward()
+    assert sizes == [4, 3]
+    reached = [p.grad is not None for p in model.parameters()]
+    assert all(reached)
+    fresh = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with (
+        out_of_memory_at_call(fresh, 2, backward=True),
+        pytest.raises(torch.OutOfMemoryError),
+    ):
+        fresh(torch.ones(4, 2)).sum().backward()
+    assert {p.grad is None for p in fresh.parameters()} == {True, False}
+
+
 def test_a_dataset_is_cut_and_a_stream_is_not():
     assert list(cut_dataset([5, 6, 7], 2)) == [5, 6]
     assert len(cut_dataset([5, 6, 7], 9)) == 3

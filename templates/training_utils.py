@@ -568,8 +568,8 @@ def evaluate_model(
     for batch in batches:
         run(add, batch)
     totals = dict(reduce(totals))
-    count = totals.pop("count")
-    return {f"val_{name}": float(total / count) for name, total in totals.items()}
+    count = float(totals.pop("count")) or math.nan
+    return {f"val_{name}": float(total) / count for name, total in totals.items()}
 
 
 def train_step_with_clipping(

@@ -11,6 +11,7 @@ tuples and lists of them, with samples in the first dimension.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -163,7 +164,9 @@ def drive_script(
         plan: "samples" (to train on; as many to validate on at most), "kill_at" (a
             step after which the process is killed), "stop_at" (one after which it gets
             SIGTERM), "end_at" (one after which it exits), "no_dropout" (the model is
-            in eval mode while it trains, so that nothing in it is random).
+            in eval mode while it trains, so that nothing in it is random),
+            "out_of_memory_every" (at so many calls of compute_loss memory runs out, by
+            turns before it and in its backward).
     """
     sys.argv = [script.__file__ or "", *words]
     build, seed = script.build_datasets, script.set_seed
@@ -183,15 +186,27 @@ def drive_script(
         if step == plan.get("end_at"):
             raise SystemExit(0)
 
-    def compute_without_dropout(model: nn.Module, *batch: Any) -> Any:
-        model.eval()
-        return compute(model, *batch)
+    def run_out_of_memory(_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory (injected by a test)")
+
+    calls = itertools.count(1)
+    every = plan.get("out_of_memory_every") or math.inf
+
+    def compute_as_planned(model: nn.Module, *batch: Any) -> Any:
+        if plan.get("no_dropout"):
+            model.eval()
+        turns, rest = divmod(next(calls), every)
+        if not rest and turns % 2:
+            run_out_of_memory(None)
+        loss, outputs = compute(model, *batch)
+        if not rest and loss.requires_grad:
+            loss.register_hook(run_out_of_memory)
+        return loss, outputs
 
     script.build_datasets = build_few
     script.set_seed = lambda value, **_: seed(value, deterministic=True)
     script.TrainingDisplay.update = update_and_end
-    if plan.get("no_dropout"):
-        script.compute_loss = compute_without_dropout
+    script.compute_loss = compute_as_planned
     return script.main()
 
 

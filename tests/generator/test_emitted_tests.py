@@ -39,7 +39,12 @@ IN_PROCESS = {
     "test_accumulation",
     "test_out_of_memory",
 }
-PROCESSES = {"test_kill_and_resume", "test_two_ranks", "test_bad_data"}
+PROCESSES = {
+    "test_kill_and_resume",
+    "test_two_ranks",
+    "test_bad_data",
+    "test_out_of_memory_in_a_run",
+}
 
 
 def write_lm_data(folder: Path) -> Path:
@@ -185,7 +190,7 @@ FAULTS = {
             "F.cross_entropy(logits_BC, labels_B)",
             'F.cross_entropy(logits_BC, labels_B, reduction="sum")',
         ),
-        {"test_accumulation"},
+        {"test_accumulation", "test_out_of_memory_in_a_run"},
         "compute_loss must be a mean",
     ),
     "dropout that is drawn anew after out of memory": (
@@ -200,6 +205,11 @@ FAULTS = {
         ),
         {"test_out_of_memory"},
         "what the failed try leaves behind",
+    ),
+    "samples that are lost where memory runs out": (
+        ("        start += done\n", "        start += wanted\n"),
+        {"test_out_of_memory_in_a_run"},
+        "each of a batch must count once",
     ),
     "counters that are not saved": (
         ('        "run": run,\n', '        "run": RunState(),\n'),
@@ -293,7 +303,12 @@ def test_only_what_the_script_has_is_tested(flags, tmp_path):
     assert not run_tests(tmp_path, IN_PROCESS)
     source = (tmp_path / "test_train.py").read_text()
     found = set(re.findall(r"def (test_\w+)", source))
-    absent = {"test_out_of_memory", "test_kill_and_resume", "test_two_ranks"}
+    absent = {
+        "test_out_of_memory",
+        "test_out_of_memory_in_a_run",
+        "test_kill_and_resume",
+        "test_two_ranks",
+    }
     if "--accumulate=2" not in flags:
         absent.add("test_accumulation")
     assert found == (IN_PROCESS | PROCESSES) - absent

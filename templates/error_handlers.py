@@ -143,9 +143,11 @@ def train_with_oom_recovery(
         report(f"Out of memory at batch size {size}, trying {tried[-1]}: {reason}")
         if on_retry is not None:
             on_retry(tried[-1])
+    cause = "not even one sample fits: " if tried[-1] == 1 else ""
     raise InsufficientMemoryError(
-        f"out of memory at every batch size tried ({', '.join(map(str, tried))}; "
-        f"min_batch_size={min_batch_size}, max_retries={max_retries}): turn on "
+        f"{cause}out of memory at every batch size tried "
+        f"({', '.join(map(str, tried))}; min_batch_size={min_batch_size}, "
+        f"max_retries={max_retries}, patience={patience}): turn on "
         "gradient checkpointing, shorten the inputs or use a smaller model. "
         f"Last error: {reason}"
     )

@@ -89,7 +89,9 @@ def test_a_retry_repeats_dropout_to_the_bit(tmp_path):
     assert log == (tmp_path / "small/metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize(
+    "where", [pytest.param("forward", marks=pytest.mark.slow), "backward"]
+)
 def test_an_out_of_memory_midway_repeats_only_that_piece(where, tmp_path):
     """In the second half of step 3, when the first has left its gradients already."""
     script = write_script(tmp_path, *FLAGS, "--accumulate=2", edits=EXACT["text"])
@@ -235,6 +237,7 @@ fail_at(script, "count_right", [2, 3])
         assert json.loads(one) == pytest.approx(json.loads(two), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_halfway_is_not_repeated(tmp_path):
     script = write_script(tmp_path, *FLAGS)
     words = [*data_words("text", tmp_path), "--save-every=2", "--out-dir=run"]

@@ -193,6 +193,7 @@ def script_options() -> set[str]:
         values = {"accumulate": "2", "ema": "0.9", "scheduler": "cosine"}
         values |= dict.fromkeys(("amp", "clip", "early_stopping", "resume"))
         values |= {"distributed": "fsdp"}
+        values |= {"stream": None} if task in ("text", "embedding") else {}
         request, problems = check_request(task, values, "train.py", split=False)
         assert not problems
         config = render_script(request).text.partition("class Config:")[2]

@@ -155,6 +155,7 @@ script.compute_loss = compute_loss
         assert json.loads(one) == pytest.approx(json.loads(two), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_retry_leaves_batch_norm_as_if_nothing_had_failed(tmp_path):
     edits = {"nn.GroupNorm(8, width)": "nn.BatchNorm2d(width)"}
     script = write_script(tmp_path, "--task=image", *FLAGS, edits=edits)

@@ -179,7 +179,9 @@ def test_a_model_of_timm(folder, capsys):
     check_run("image", folder, script)
 
 
-@pytest.mark.parametrize("task", ["text", "embedding"])
+@pytest.mark.parametrize(
+    "task", ["text", pytest.param("embedding", marks=pytest.mark.slow)]
+)
 def test_streams_hold_the_rows_that_memory_does(task, folder):
     model = f"--model=mine:{'Text' if task == 'text' else 'Embed'}"
     options = [*write_data(task, folder), "--epochs", "1", "--num-workers", "0"]

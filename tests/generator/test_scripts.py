@@ -109,7 +109,7 @@ def legal_pairs(values: dict[str, list[str | None]]) -> set[tuple]:
 
 ROWS = pairwise(RUN_VALUES)
 # Spread over the rows, so that `make test` sees every task and most of the flags.
-SAMPLE = random.Random(0).sample(range(len(ROWS)), 6)
+SAMPLE = random.Random(0).sample(range(len(ROWS)), 5)
 
 
 def test_the_rows_hold_every_legal_pair():

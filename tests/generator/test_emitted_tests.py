@@ -208,8 +208,8 @@ FAULTS = {
     ),
     "samples that are lost where memory runs out": (
         ("        start += done\n", "        start += wanted\n"),
-        {"test_out_of_memory_in_a_run"},
-        "each of a batch must count once",
+        {"test_out_of_memory", "test_out_of_memory_in_a_run"},
+        "out of memory left samples out",
     ),
     "counters that are not saved": (
         ('        "run": run,\n', '        "run": RunState(),\n'),

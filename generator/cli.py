@@ -232,10 +232,11 @@ def read_answers(path: str) -> tuple[dict[str, Any], list[str]]:
         name = str(key).replace("-", "_")
         if name not in ANSWERS:
             problems.append(f"--from {path}: {suggest(str(key), ANSWERS)}")
-        elif name == "set" and isinstance(value, dict):
-            answers[name] = {str(key): str(text) for key, text in value.items()}
         elif name == "set":
-            problems.append(f"--from {path}: set: write one `name: value` a line")
+            if isinstance(value, dict):
+                answers[name] = {str(key): str(text) for key, text in value.items()}
+            else:
+                problems.append(f"--from {path}: set: write one `name: value` a line")
         elif value is False:  # switched off
             answers[name] = False
         else:

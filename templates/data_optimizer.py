@@ -1534,14 +1534,15 @@ def _write_parquet(tables: Iterable[Any], schema: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with pq.ParquetWriter(temporary, schema, **options) as writer:
-            group: list[Any] = []
-            for table in itertools.chain(tables, [None]):
-                size = sum(part.nbytes for part in group)
-                if group and (table is None or size >= 8 << 20):
-                    rows = pa.concat_tables(group)
-                    writer.write_table(rows, row_group_size=rows.num_rows)
-                    group = []
+            group, size = [], 0
+            for table in tables:
                 group.append(table)
+                size += table.nbytes
+                if size >= 8 << 20:
+                    writer.write_table(pa.concat_tables(group), row_group_size=1 << 30)
+                    group, size = [], 0
+            if group:
+                writer.write_table(pa.concat_tables(group), row_group_size=1 << 30)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import __version__, auto
+from . import __version__
 from .options import (
     CONFLICTS,
     PRESETS,
@@ -191,6 +191,8 @@ def collect_answers(
         else:
             problems.append(f"--preset {preset}: choose {' or '.join(PRESETS)}")
     if "auto" in options:
+        from . import auto  # only here: it needs subprocess, which takes its time
+
         try:
             size = auto.parse_size(options["auto"] or "100M")
         except ValueError as error:

@@ -56,6 +56,7 @@ def make_environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
         autoescape=False,  # Python source, not HTML
+        optimized=False,  # each template is rendered once: folding constants costs more
     )
     environment.globals["fit"] = fit
     return environment

@@ -22,6 +22,7 @@ from .options import (
     REQUIREMENTS,
     SECTIONS,
     TASKS,
+    DefaultsError,
     Request,
     check_request,
     find_conflicts,
@@ -264,10 +265,9 @@ def write_script(
     request: Request, force: bool, as_json: bool, answers_path: str | None = None
 ) -> None:
     """Render, write, and say what to do next."""
-    render = import_render()
     try:
-        script = render.render_script(request)
-    except render.DefaultsError as error:
+        script = import_render().render_script(request)
+    except DefaultsError as error:
         raise RequestError(error.problems) from None
     files = {request.output: script.text}
     if request.split:

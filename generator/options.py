@@ -482,6 +482,14 @@ class Request:
         return [*words, *["--split"][: self.split], "-o", self.output]
 
 
+class DefaultsError(ValueError):
+    """Defaults that the script's settings cannot have, a line for each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
 @dataclass(frozen=True)
 class Conflict:
     """Two options that cannot go together, and what to do about it."""

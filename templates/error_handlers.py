@@ -86,6 +86,7 @@ def train_with_oom_recovery(
     report: Callable[[str], None] = print,
     agree: Callable[[bool], bool] | None = None,
     patience: int = 0,
+    repeat: int = 0,
 ) -> Any:
     """Call train_fn(batch_size), with half the size after each out of memory.
 
@@ -108,6 +109,8 @@ def train_with_oom_recovery(
             with the same sizes and retries.
         patience: further tries with min_batch_size, at once and after 0.25, 0.5, 1, ...
             seconds: what other processes hold of the GPU may be free by then.
+        repeat: further tries with each larger size, at once: memory that was cached or
+            in pieces is free then, and the same size rounds as if nothing had failed.
 
     Returns:
         What train_fn returned.
@@ -122,7 +125,7 @@ def train_with_oom_recovery(
             f"min_batch_size={min_batch_size}, max_retries={max_retries}: "
             "need 1 <= min_batch_size <= initial_batch_size and max_retries >= 0"
         )
-    tried, waits = [initial_batch_size], 0
+    tried, repeats, waits = [initial_batch_size], 0, 0
     while True:
         result, reason = _call_or_free(train_fn, tried[-1])
         if not (agree(bool(reason)) if agree else reason):
@@ -132,9 +135,12 @@ def train_with_oom_recovery(
             clear_memory()
         retries_left = max_retries - len(tried) + 1
         size = tried[-1]
-        if size > min_batch_size and retries_left:
+        if size > min_batch_size and repeats < repeat:
+            repeats += 1
+        elif size > min_batch_size and retries_left:
             half = max(min_batch_size, size // 2)
             tried.append(half if retries_left > 1 else min_batch_size)
+            repeats = 0
         elif waits < patience:
             time.sleep(_seconds_to_wait(waits))
             waits += 1

@@ -107,13 +107,14 @@ def find_difference(left: Any, right: Any, place: str = "") -> str | None:
 
 @contextlib.contextmanager
 def out_of_memory_at_call(
-    model: nn.Module, number: int, backward: bool = False
+    model: nn.Module, number: int, backward: bool = False, times: int = 1
 ) -> Iterator[list[int]]:
     """Let one forward of the model, or one gradient, raise what a full GPU raises.
 
     Args:
-        number: of that forward, or gradient of a parameter, counted from 1; only once.
+        number: of that forward, or gradient of a parameter, counted from 1.
         backward: a gradient: with 2 the first one is there when memory runs out.
+        times: it and the next ones, so many in all: a second try fails too.
 
     Yields:
         A list with the number of samples in each forward, to look at afterwards.
@@ -123,7 +124,8 @@ def out_of_memory_at_call(
 
     def fail_at(kind: str) -> None:
         calls[kind] += 1
-        if calls[kind] == number and backward == (kind == "backward"):
+        turn = calls[kind] - number
+        if 0 <= turn < times and backward == (kind == "backward"):
             raise torch.OutOfMemoryError("CUDA out of memory (injected by a test)")
 
     def count(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -165,8 +167,8 @@ def drive_script(
             step after which the process is killed), "stop_at" (one after which it gets
             SIGTERM), "end_at" (one after which it exits), "no_dropout" (the model is
             in eval mode while it trains, so that nothing in it is random),
-            "out_of_memory_every" (at so many calls of compute_loss memory runs out, by
-            turns before it and in its backward).
+            "out_of_memory_every" (of so many calls of compute_loss memory runs out in
+            two, one after the other: in one before it, in one in its backward).
     """
     sys.argv = [script.__file__ or "", *words]
     build, seed = script.build_datasets, script.set_seed
@@ -190,16 +192,16 @@ def drive_script(
         raise torch.OutOfMemoryError("CUDA out of memory (injected by a test)")
 
     calls = itertools.count(1)
-    every = plan.get("out_of_memory_every") or math.inf
+    every = plan.get("out_of_memory_every", 0)
 
     def compute_as_planned(model: nn.Module, *batch: Any) -> Any:
         if plan.get("no_dropout"):
             model.eval()
-        turns, rest = divmod(next(calls), every)
-        if not rest and turns % 2:
+        turn = next(calls) % every if every else 2
+        if turn == 0:
             run_out_of_memory(None)
         loss, outputs = compute(model, *batch)
-        if not rest and loss.requires_grad:
+        if turn == 1 and loss.requires_grad:
             loss.register_hook(run_out_of_memory)
         return loss, outputs
 

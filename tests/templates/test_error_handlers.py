@@ -198,6 +198,25 @@ def test_recovery_waits_with_the_smallest_size_for_others_to_free_memory(monkeyp
     assert pauses == [0, 0.25]
 
 
+def test_recovery_tries_each_larger_size_again_where_asked():
+    tried, resets = [], []
+
+    def fit_at_the_second_call_with_two(size):
+        tried.append(size)
+        if tried.count(2) < 2:
+            raise torch.OutOfMemoryError(CUDA_OOM)
+        return size
+
+    options = {"repeat": 1, "on_retry": resets.append, "report": lambda line: None}
+    assert train_with_oom_recovery(fit_at_the_second_call_with_two, 8, **options) == 2
+    assert tried == [8, 8, 4, 4, 2, 2]
+    assert resets == tried[1:]
+    tried.clear()
+    with pytest.raises(InsufficientMemoryError, match=r"\(3, 1; min_batch_size=1"):
+        train_with_oom_recovery(fit_at_the_second_call_with_two, 3, **options)
+    assert tried == [3, 3, 1]
+
+
 def test_waiting_for_memory_repeats_what_failed_and_gives_up(monkeypatch):
     pauses, reports = [], []
     monkeypatch.setattr("time.sleep", pauses.append)

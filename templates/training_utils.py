@@ -68,7 +68,9 @@ def set_seed(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = deterministic
-    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    if deterministic or torch.are_deterministic_algorithms_enabled():
+        # Imports the compiler, which takes two seconds.
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
     random.seed(seed)
     torch.manual_seed(seed)  # the CPU, every CUDA and XPU device, and MPS
     try:

@@ -143,15 +143,16 @@ script.compute_loss = compute_loss
 
 
 def test_a_batch_gets_through_however_often_memory_runs_out(tmp_path):
-    """At every other call, two in a row, also in evaluation."""
+    """At two calls of six, one after the other, also in evaluation."""
     script = write_script(tmp_path, *FLAGS, edits=EXACT["text"])
     words = data_words("text", tmp_path)
     fault = """
 import torch
 real, calls = script.compute_loss, []
+script._seconds_to_wait = lambda waits: 0.0
 def compute_loss(model, inputs, labels):
     calls.append(1)
-    if len(calls) % 4 < 2:
+    if len(calls) % 6 < 2:
         raise torch.OutOfMemoryError("CUDA out of memory")
     return real(model, inputs, labels)
 script.compute_loss = compute_loss
@@ -183,7 +184,7 @@ script.train_with_oom_recovery = lambda f, size, **options: real(f, 8, **options
 
 def test_the_micro_batch_grows_back_when_memory_is_free_again(tmp_path):
     """Tried now and then, here at every third step; six times there is none."""
-    edits = {**EXACT["text"], "run.step % 20": "run.step % 3"}
+    edits = {**EXACT["text"], "run.step % 10": "run.step % 3"}
     script = write_script(tmp_path, *FLAGS, edits=edits)
     words = data_words("text", tmp_path)
     fault = """
@@ -226,6 +227,7 @@ def fail_at(owner, name, calls):
 fail_at(torch.nn.Module, "to", [1])
 fail_at(script, "ModelEMA", [1])
 fail_at(torch.optim.AdamW, "step", [1, 5, 6, 9])  # the first: allocation
+fail_at(torch.nn.utils, "clip_grad_norm_", [2, 7, 8])
 fail_at(script, "count_right", [2, 3, 4, 5])
 """
     output = run(script, *words, "--out-dir=short", inject=fault)
@@ -234,6 +236,7 @@ fail_at(script, "count_right", [2, 3, 4, 5])
         ("for the optimizer,", 1),
         ("for averaged weights", 1),
         ("for the optimizer's step", 3),
+        ("for clipping", 3),
         *((f"at batch size {pair}", 1) for pair in ("12, trying 12", "12, trying 6")),
         *((f"at batch size {pair}", 1) for pair in ("6, trying 6", "6, trying 3")),
     ):
@@ -272,7 +275,8 @@ torch.optim.AdamW.step = step
 
 
 def test_other_errors_pass_and_hopeless_ones_say_what_was_tried(tmp_path):
-    script = write_script(tmp_path, "--oom-recovery")
+    edits = {"patience=6": "patience=3"}  # less than a second
+    script = write_script(tmp_path, "--oom-recovery", edits=edits)
     words = data_words("text", tmp_path)
     fault = SHORT_OF_MEMORY.format(first=0, room=0)
     output = run(script, *words, "--out-dir=hopeless", expect=1, inject=fault)

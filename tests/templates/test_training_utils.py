@@ -3,7 +3,10 @@
 import math
 import os
 import random
+import subprocess
+import sys
 from collections import namedtuple
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -87,6 +90,15 @@ def test_set_seed_takes_seeds_that_numpy_refuses(seed):
 
 
 @pytest.mark.usefixtures("restored_determinism")
+def test_set_seed_without_deterministic_kernels_does_not_load_the_compiler():
+    code = (
+        "import sys; from templates.training_utils import set_seed;"
+        "set_seed(1, deterministic=False); assert 'torch._dynamo' not in sys.modules"
+    )
+    folder = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+
+
 def test_set_seed_sets_the_cublas_workspace_before_it_touches_cuda(monkeypatch):
     seen = []
     monkeypatch.setattr(

@@ -51,7 +51,8 @@ def put_defaults(glue: str, defaults: Mapping[str, str]) -> str:
     lines, problems = glue.splitlines(), []
     for name, text in defaults.items():
         if name not in settings:
-            problems.append(suggest(name, list(settings), "setting"))
+            known = f"with these sections there are {', '.join(settings)}"
+            problems.append(suggest(name, list(settings), "setting", known))
             continue
         node = settings[name]
         try:

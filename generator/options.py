@@ -667,8 +667,13 @@ def check_request(
     return request, []
 
 
-def suggest(unknown: str, known: Sequence[str], kind: str = "option") -> str:
+def suggest(
+    unknown: str,
+    known: Sequence[str],
+    kind: str = "option",
+    otherwise: str = "--list shows what there is",
+) -> str:
     """The complaint about an unknown word, with the nearest known one."""
     match = difflib.get_close_matches(unknown.partition("=")[0], known, n=1)
-    hint = f"did you mean {match[0]}?" if match else "--list shows what there is"
+    hint = f"did you mean {match[0]}?" if match else otherwise
     return f"unknown {kind} {unknown}: {hint}"

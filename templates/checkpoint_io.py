@@ -205,7 +205,9 @@ def load_plain_values(
             f"{path}: holds Python objects, which could run code, so they are not"
             " loaded: save it again with save_checkpoint where it was written"
         ) from error
-    except Exception as error:  # another kind of zip file, too little memory, ...
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the file
+    except Exception as error:  # another kind of zip file, ...
         raise CheckpointError(f"{path}: cannot be loaded: {error}") from error
 
 
@@ -551,6 +553,8 @@ def load_training_state(
             # The optimizer's state goes by position, so the order counts as well.
             if isinstance(part, nn.Module) and [*part.state_dict()] != [*states[name]]:
                 raise ValueError(f"the weights of {name} come in another order")
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the file
     except (KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: does not fit this script ({' '.join(str(error).split())}):"

@@ -503,7 +503,8 @@ class _FileSource(_BlockSource):
         if left:
             raise DataError(
                 f"{file} has {abs(left)} rows {'less' if left > 0 else 'more'} than it "
-                "had when it was indexed: do not change files while they are read"
+                "had when it was indexed: do not change files while they are read, "
+                "and in CSV close each quote (or set quote_char)"
             )
 
 
@@ -1568,6 +1569,10 @@ def _convert_once(
     text = json.dumps([settings, facts], default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = Path(cache_dir) / f"{digest}.parquet"
+    for left in path.parent.glob(f".{path.name}.*.tmp"):  # by one that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:  # nobody writes it any more
+                left.unlink()
     if not path.exists():
         source = make_source()
         if source.skipped:
@@ -2272,14 +2277,20 @@ def open_table(
 
 
 def open_text_stream(
-    data: str, columns: Sequence[str], seed: int, cache_dir: str = ""
+    data: str, columns: Sequence[str], seed: int, cache_dir: str = "", **options: Any
 ) -> _ColumnStream:
     """Rows of CSV, JSONL or Parquet files, of a folder or a glob, shuffled, as text.
 
     Args:
         cache_dir: of StreamingTextDataset; empty keeps nothing.
+        options: further ones of the dataset, such as on_error, encoding, quote_char.
+
+    Raises:
+        DataError: a column is named twice, and what the stream raises.
     """
-    options = {"seed": seed, "column_types": dict.fromkeys(columns, "string")}
+    if len(set(columns)) < len(columns):
+        raise DataError(f"columns {', '.join(columns)}: name two different ones")
+    options |= {"seed": seed, "column_types": dict.fromkeys(columns, "string")}
     if data.endswith((".parquet", ".pq")):
         return StreamingParquetDataset(data, list(columns), shuffle=True, **options)
     first, *others = columns
@@ -2949,14 +2960,14 @@ def number_classes(labels: Iterable[str]) -> tuple[list[str], list[int]]:
     """The sorted names of the classes, and for each label the number of its class.
 
     Raises:
-        DataError: there are fewer than two classes.
+        DataError: there are fewer than two classes, or empty labels.
     """
     labels = list(labels)
     classes = sorted(set(labels))
+    if "" in classes:
+        raise DataError("some labels are empty: fill them, or leave these rows out")
     if len(classes) < 2:
-        raise DataError(
-            f"all {len(labels)} labels are {classes}: a classifier needs two classes"
-        )
+        raise DataError(f"all labels are {classes}: a classifier needs two classes")
     numbers = {name: number for number, name in enumerate(classes)}
     return classes, [numbers[label] for label in labels]
 

@@ -11,6 +11,7 @@ tuples and lists of them, with samples in the first dimension.
 """
 
 import contextlib
+import copy
 import itertools
 import json
 import math
@@ -146,7 +147,16 @@ def out_of_memory_at_call(
 
 
 def cut_dataset(dataset: Any, samples: int) -> Any:
-    """The first samples of a dataset that has an index; a stream stays whole."""
+    """The first samples of a dataset that has an index.
+
+    Of `StreamedRows` as many rows, spread over all; any other stream stays whole.
+    """
+    stream = getattr(dataset, "stream", None)
+    if stream is not None and len(dataset) > samples:
+        few = copy.copy(dataset)
+        few.stream = stream.split(samples / len(dataset), seed=0)[1]
+        few.stream.shuffle = stream.shuffle
+        return few
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         return dataset
     return Subset(dataset, range(min(samples, len(dataset))))
@@ -217,6 +227,9 @@ def run_words(words: Sequence[str], folder: Path, timeout_s: float) -> tuple[int
 
     It sends nothing to a tracker, compiles nothing, and has one thread, so that it
     starts fast and does not wait for other processes.
+
+    Raises:
+        AssertionError: it had not ended after timeout_s seconds.
     """
     environment = {
         **os.environ,
@@ -227,16 +240,23 @@ def run_words(words: Sequence[str], folder: Path, timeout_s: float) -> tuple[int
     }
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(name, None)
-    done = subprocess.run(
-        [*map(str, words)],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        timeout=timeout_s,
-    )
+    try:
+        done = subprocess.run(
+            [*map(str, words)],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+        )
+    except subprocess.TimeoutExpired as error:
+        printed = (error.stdout or b"").decode(errors="replace")
+        raise AssertionError(
+            f"the script had not ended after {timeout_s:g} s: set OPTIONS to less data"
+            f" or a smaller model. It printed:\n{printed}"
+        ) from None
     return done.returncode, done.stdout
 
 

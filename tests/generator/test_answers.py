@@ -208,7 +208,7 @@ def test_defaults_that_cannot_be_are_named_together(capsys):
         "--set cpu=maybe: expected true or false",
         '--set data=": expected no quotes, backslashes or line ends',
         "too long for a default: pass it to the script",
-        "unknown setting clip_norm",  # without --clip there is none
+        "unknown setting clip_norm: with these sections there are data, ",
     ):
         assert complaint in said
     assert not Path("train.py").exists()

@@ -228,6 +228,7 @@ fail_at(torch.nn.Module, "to", [1])
 fail_at(script, "ModelEMA", [1])
 fail_at(torch.optim.AdamW, "step", [1, 5, 6, 9])  # the first: allocation
 fail_at(torch.nn.utils, "clip_grad_norm_", [2, 7, 8])
+fail_at(script, "check_finite", [4, 5])  # three for the log
 fail_at(script, "count_right", [2, 3, 4, 5])
 """
     output = run(script, *words, "--out-dir=short", inject=fault)
@@ -237,6 +238,7 @@ fail_at(script, "count_right", [2, 3, 4, 5])
         ("for averaged weights", 1),
         ("for the optimizer's step", 3),
         ("for clipping", 3),
+        ("for a check of the weights", 2),
         *((f"at batch size {pair}", 1) for pair in ("12, trying 12", "12, trying 6")),
         *((f"at batch size {pair}", 1) for pair in ("6, trying 6", "6, trying 3")),
     ):
@@ -289,3 +291,35 @@ def test_other_errors_pass_and_hopeless_ones_say_what_was_tried(tmp_path):
     )
     output = run(script, *words, "--out-dir=other", expect=1, inject=other)
     assert "ValueError: mine" in output
+
+
+def test_out_of_memory_while_a_saved_state_is_loaded_is_waited_for(tmp_path):
+    """It is no sign of another script's file."""
+    script = write_script(tmp_path, *FLAGS)
+    words = data_words("text", tmp_path)
+    stop = """
+import os, signal
+real, calls = script.compute_loss, []
+def compute_loss(*batch):
+    calls.append(1)
+    if len(calls) == 5:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(*batch)
+script.compute_loss = compute_loss
+"""
+    run(script, *words, "--out-dir=run", inject=stop, expect=143)
+    fault = """
+import torch
+real, calls = torch.optim.AdamW.load_state_dict, []
+def load(self, state):
+    calls.append(1)
+    if len(calls) < 3:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return real(self, state)
+torch.optim.AdamW.load_state_dict = load
+"""
+    output = run(script, *words, "--out-dir=run", inject=fault)
+    assert output.count("Out of memory for the saved state, trying again") == 2
+    assert "does not fit" not in output
+    run(script, *words, "--out-dir=whole")
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))

@@ -100,6 +100,8 @@ def test_number_classes():
     assert number_classes(["b", "a", "b"]) == (["a", "b"], [1, 0, 1])
     with pytest.raises(DataError, match="two classes"):
         number_classes(iter(["a", "a"]))
+    with pytest.raises(DataError, match="some labels are empty"):
+        number_classes(["a", "", "b"])
 
 
 def test_split_takes_every_sample_once_and_depends_on_the_seed_alone():

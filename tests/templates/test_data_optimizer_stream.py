@@ -26,6 +26,7 @@ from templates.data_optimizer import (
     StreamingTextDataset,
     _EpochPlan,
     _list_data_files,
+    open_text_stream,
 )
 
 SHARDS = (700, 0, 1, 333, 64)  # uneven, empty and tiny
@@ -578,6 +579,32 @@ def test_text_kept_as_parquet_lies_in_bounded_row_groups(tmp_path):
     sizes = [meta.row_group(g).total_byte_size for g in range(meta.num_row_groups)]
     assert len(sizes) > 1
     assert max(sizes) < 12 << 20
+
+
+def test_what_a_killed_conversion_left_is_removed_but_not_what_is_being_written(
+    tmp_path,
+):
+    path, cache = tmp_path / "t.csv", tmp_path / "cache"
+    path.write_text("id,text\n1,one\n")
+    StreamingTextDataset(path, cache_dir=cache)
+    (kept,) = cache.iterdir()
+    old, new = (cache / f".{kept.name}.{pid}.tmp" for pid in (1, 2))
+    for left in (old, new):
+        left.write_text("half")
+    os.utime(old, (0, 0))
+    assert list(StreamingTextDataset(path, cache_dir=cache)) == ["one"]
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_a_text_stream_takes_further_options_and_two_different_columns(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_bytes("text,label\ncaf\xe9,a\n'tea,b\n".encode("latin-1"))
+    options = {"encoding": "latin-1", "quote_char": None}
+    stream = open_text_stream(str(path), ("text", "label"), 0, **options)
+    assert sorted(stream) == ["'tea", "caf\xe9"]
+    with pytest.raises(DataError, match="columns text, text: name two different ones"):
+        open_text_stream(str(path), ("text", "text"), 0)
 
 
 def test_text_that_cannot_be_kept(tmp_path, monkeypatch):

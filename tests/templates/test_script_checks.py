@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 
+from templates.data_optimizer import StreamedRows, StreamingTextDataset
 from templates.script_checks import (
     compare_values,
     cut_dataset,
@@ -89,7 +90,35 @@ def test_out_of_memory_in_a_backward_comes_when_some_gradients_are_there():
     assert {p.grad is None for p in fresh.parameters()} == {True, False}
 
 
-def test_a_dataset_is_cut_and_a_stream_is_not():
+def test_streamed_rows_are_cut_to_as_many(tmp_path):
+    lines = "".join(f"{i},a\n" for i in range(500))
+    (tmp_path / "a.csv").write_text("text,label\n" + lines)
+    stream = StreamingTextDataset(tmp_path / "a.csv", shuffle=True)
+    train = StreamedRows(stream.split(0.1)[0], lambda batch: batch["text"])
+    few = cut_dataset(train, 40)
+    loader = few.load(8)
+    epochs = []
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        batches = list(loader)
+        assert [len(batch) for batch in batches] == [8] * 5
+        epochs.append([text for batch in batches for text in batch])
+    assert len(train) == 450
+    assert epochs[0] != epochs[1]
+    assert set(epochs[0]) == set(epochs[1]) < {str(i) for i in range(500)}
+
+
+def test_a_script_that_does_not_end_is_a_failure_that_says_what_to_do(tmp_path):
+    words = [
+        sys.executable,
+        "-c",
+        "import time; print('on', flush=True); time.sleep(9)",
+    ]
+    with pytest.raises(AssertionError, match=r"(?s)after 2 s: set OPTIONS.*on"):
+        run_words(words, tmp_path, 2)
+
+
+def test_a_dataset_is_cut_and_another_stream_is_not():
     assert list(cut_dataset([5, 6, 7], 2)) == [5, 6]
     assert len(cut_dataset([5, 6, 7], 9)) == 3
 

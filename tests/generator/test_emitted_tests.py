@@ -182,7 +182,7 @@ FAULTS = {
             "        unseeded.seed()\n"
             "        nn.init.normal_(self.head.weight, std=0.1, generator=unseeded)\n",
         ),
-        {"test_deterministic", "test_kill_and_resume"},
+        {"test_deterministic", "test_kill_and_resume", "test_out_of_memory_in_a_run"},
         "differ (weights/",
     ),
     "a loss that depends on the cut": (

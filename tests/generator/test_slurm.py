@@ -16,11 +16,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from generator.cli import main
 
-from .scripts import data_words, newest_state, run, same, write_script
+from .scripts import best_weights, data_words, newest_state, run, same, write_script
 
 FAKES = {
     "srun": """
@@ -230,6 +229,4 @@ def test_two_machines_by_torchrun_are_requeued_and_end_the_same(slurm, tmp_path)
     assert "going on from" in output
     run(script, *words, "--out-dir=twin", ranks=2)
     assert log.read_text() == (tmp_path / "twin/metrics.jsonl").read_text()
-    best = [tmp_path / name / "best.pt" for name in ("job", "twin")]
-    weights = [torch.load(path, weights_only=True) for path in best]
-    assert same(*weights)
+    assert same(*(best_weights(tmp_path / name) for name in ("job", "twin")))

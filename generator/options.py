@@ -318,7 +318,7 @@ SECTIONS = {
         ),
         Section(
             "deterministic",
-            "deterministic kernels; an operation that has none is an error",
+            "deterministic kernels or an error; exact resume on GPUs needs them",
             "deterministic kernels",
             "8",
         ),

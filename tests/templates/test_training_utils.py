@@ -89,7 +89,6 @@ def test_set_seed_takes_seeds_that_numpy_refuses(seed):
     assert np.random.rand() == first
 
 
-@pytest.mark.usefixtures("restored_determinism")
 def test_set_seed_without_deterministic_kernels_does_not_load_the_compiler():
     code = (
         "import sys; from templates.training_utils import set_seed;"
@@ -99,6 +98,7 @@ def test_set_seed_without_deterministic_kernels_does_not_load_the_compiler():
     subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
 
 
+@pytest.mark.usefixtures("restored_determinism")
 def test_set_seed_sets_the_cublas_workspace_before_it_touches_cuda(monkeypatch):
     seen = []
     monkeypatch.setattr(

@@ -22,8 +22,8 @@ from .options import (
     REQUIREMENTS,
     SECTIONS,
     TASKS,
-    DefaultsError,
     Request,
+    RequestError,
     check_request,
     find_conflicts,
     preset_sections,
@@ -31,18 +31,8 @@ from .options import (
 )
 from .stitch import Library
 
-BAD_REQUEST = 2
 WOULD_OVERWRITE = 3
 ANSWERS = ("task", "model", "set", "output", "split", *SECTIONS)  # what makes a script
-
-
-class RequestError(Exception):
-    """A request that cannot be met: an exit code and one line for each problem."""
-
-    def __init__(self, problems: Sequence[str], exit_code: int = BAD_REQUEST) -> None:
-        super().__init__("; ".join(problems))
-        self.problems = list(problems)
-        self.exit_code = exit_code
 
 
 class RequestParser(argparse.ArgumentParser):
@@ -265,10 +255,7 @@ def write_script(
     request: Request, force: bool, as_json: bool, answers_path: str | None = None
 ) -> None:
     """Render, write, and say what to do next."""
-    try:
-        script = import_render().render_script(request)
-    except DefaultsError as error:
-        raise RequestError(error.problems) from None
+    script = import_render().render_script(request)
     files = {request.output: script.text}
     if request.split:
         path = Path(request.output)

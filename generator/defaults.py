@@ -7,7 +7,7 @@ import operator
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from .options import DefaultsError, suggest
+from .options import RequestError, suggest
 from .stitch import LINE_LENGTH, TEMPLATES
 
 
@@ -33,7 +33,7 @@ def put_defaults(glue: str, defaults: Mapping[str, str]) -> str:
     """The settings with other defaults, converted and checked as the script does.
 
     Raises:
-        DefaultsError: unknown settings, and values that they cannot have.
+        RequestError: unknown settings, and values that they cannot have.
     """
     path = TEMPLATES / "config.py"  # imports the standard library alone
     spec = importlib.util.spec_from_file_location("_config_template", path)
@@ -72,5 +72,5 @@ def put_defaults(glue: str, defaults: Mapping[str, str]) -> str:
             problems.append(f"--set {name}={text}: {reason}")
         lines[row] = line
     if problems:
-        raise DefaultsError(problems)
+        raise RequestError(problems)
     return "\n".join(lines) + "\n"

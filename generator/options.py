@@ -482,12 +482,16 @@ class Request:
         return [*words, *["--split"][: self.split], "-o", self.output]
 
 
-class DefaultsError(ValueError):
-    """Defaults that the script's settings cannot have, a line for each."""
+BAD_REQUEST = 2  # exit code
 
-    def __init__(self, problems: list[str]) -> None:
+
+class RequestError(Exception):
+    """A request that cannot be met: an exit code and one line for each problem."""
+
+    def __init__(self, problems: Sequence[str], exit_code: int = BAD_REQUEST) -> None:
         super().__init__("; ".join(problems))
-        self.problems = problems
+        self.problems = list(problems)
+        self.exit_code = exit_code
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def render_script(request: Request, library: Library | None = None) -> Script:
     """The script that was asked for.
 
     Raises:
-        DefaultsError: --set does not fit the script's settings.
+        RequestError: --set does not fit the script's settings.
         jinja2.TemplateError, StitchError: a mistake in our glue or templates.
     """
     environment = make_environment()

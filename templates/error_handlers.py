@@ -60,10 +60,12 @@ class InsufficientMemoryError(RuntimeError):
     """Out of memory whatever the batch size."""
 
 
-def _call_or_free(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
+def _call_or_free(
+    function: Callable[..., Any], *arguments: Any, **options: Any
+) -> tuple[Any, str]:
     """Return (result, ""), or (None, why) where memory ran out; that is free again."""
     try:
-        return function(*arguments), ""
+        return function(*arguments, **options), ""
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -161,14 +163,16 @@ def train_with_oom_recovery(
 
 def wait_for_memory(
     purpose: str,
-    action: Callable[[], Any],
+    action: Callable[..., Any],
+    *arguments: Any,
     patience: int = 6,
     report: Callable[[str], None] = print,
+    **options: Any,
 ) -> Any:
-    """Call action(), again at once and after 0.25, 0.5, ... seconds if memory runs out.
+    """Call action(*arguments, **options), again if memory runs out, with pauses.
 
-    For what has no batch that could be made smaller: other processes may hold the
-    memory, and free it.
+    At once, and then after 0.25, 0.5, 1, ... seconds. For what has no batch that could
+    be made smaller: other processes may hold the memory, and free it.
 
     Args:
         purpose: what the memory is for, in messages.
@@ -179,7 +183,7 @@ def wait_for_memory(
         InsufficientMemoryError: out of memory every time.
     """
     for waits in range(patience + 1):
-        result, reason = _call_or_free(action)
+        result, reason = _call_or_free(action, *arguments, **options)
         if not reason:
             return result
         if waits < patience:
@@ -252,7 +256,9 @@ def step_with_oom_recovery(
             )
         return step()
 
-    return wait_for_memory("the optimizer's step", attempt, patience, report)
+    return wait_for_memory(
+        "the optimizer's step", attempt, patience=patience, report=report
+    )
 
 
 # (text of the error, cause, remedy); the first that matches counts. Texts as raised by

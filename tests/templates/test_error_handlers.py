@@ -226,12 +226,13 @@ def test_waiting_for_memory_repeats_what_failed_and_gives_up(monkeypatch):
             raise torch.OutOfMemoryError(CUDA_OOM)
         return "there"
 
-    assert wait_for_memory("it", fit_after_two_pauses, 2, reports.append) == "there"
+    options = {"patience": 2, "report": reports.append}
+    assert wait_for_memory("it", fit_after_two_pauses, **options) == "there"
     assert pauses == [0, 0.25]
     assert all(r.startswith("Out of memory for it, trying again") for r in reports)
     pauses.clear()
     with pytest.raises(InsufficientMemoryError, match=r"for it, 2 times: .*2\.00 GiB"):
-        wait_for_memory("it", fit_after_two_pauses, 1, reports.append)
+        wait_for_memory("it", fit_after_two_pauses, **(options | {"patience": 1}))
     with pytest.raises(ZeroDivisionError):
         wait_for_memory("it", lambda: 1 / 0)
 

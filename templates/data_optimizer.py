@@ -1270,7 +1270,7 @@ class _WindowFeed(IterableDataset):
             wait([before])
         try:
             if block not in readers:
-                ahead = max(1024, min(4 * (high - low), 1 << 16))
+                ahead = max(1024, min(2 * (high - low), 1 << 16))
                 readers[block] = _BlockReader(source.read(block, ahead, layout.convert))
             reader = readers[block]
             if reader is None:

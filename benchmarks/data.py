@@ -11,6 +11,7 @@ or with --only data-<first table>.md.
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import importlib.machinery
@@ -526,8 +527,11 @@ def used_mb() -> float:
 
 
 def child_pids() -> list[int]:
-    tasks = Path(f"/proc/{os.getpid()}/task").glob("*/children")
-    return [int(p) for task in tasks for p in task.read_text().split()]
+    pids: list[int] = []
+    for task in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that has ended
+            pids += map(int, task.read_text().split())
+    return pids
 
 
 def run_one(table: str, name: str, folder: Path) -> None:

@@ -1094,9 +1094,10 @@ class _WindowFeed(IterableDataset):
         # Epoch and position, in shared memory: workers live longer than an epoch.
         self.cursor = torch.zeros(2, dtype=torch.int64).share_memory_()
         self.told = len(stream.source.skipped)
-        # A window is in use while the next is decoded, and DataLoader lets workers
-        # run two windows ahead. Windows of many small blocks are larger than asked
-        # for; pages that are never used cost nothing.
+        # A window is in use while threads decode three more: the blocks of a group of
+        # CSV are parsed whole, with its first window. Workers decode one, and
+        # DataLoader lets them run two ahead. Windows of many small blocks are larger
+        # than asked for; pages that are never used cost nothing.
         # Not a power of two: columns of a row lie in as many sets of the cache.
         self.rows = -(-2 * stream.window_rows // 64) * 64 + 1032
         nbytes = self.rows * layout.row_bytes()
@@ -1106,9 +1107,9 @@ class _WindowFeed(IterableDataset):
                 if workers
                 else torch.UntypedStorage(nbytes)
             )
-            for _ in range(4 if workers else 3)
+            for _ in range(4)
         ]
-        self.depth = 1 if workers else 2
+        self.depth = 1 if workers else 3
 
     def __iter__(self) -> Iterator[Any]:
         """Yield what `windows` does, in a worker, without what lies in the ring."""
@@ -1159,7 +1160,7 @@ class _WindowFeed(IterableDataset):
     def windows(
         self, worker: int = 0, workers: int = 1, ordered: bool = True
     ) -> Iterator[Any]:
-        """Decode window after window, one or two ahead of what is used.
+        """Decode window after window, ahead of what is used.
 
         Yields:
             ((rows of the window in the order of the batches, how many go into each

@@ -1485,7 +1485,9 @@ class _LineSource(_FileSource):
                 head = opened.read_at(keys[0][1] if keys else 0, 0)
         if not head:
             raise DataError(f"{file} is empty: remove it, or pass on_error='skip'")
-        schema = self._parse(file, head, None).schema
+        # The types are those of the first megabyte's rows.
+        _, (stop, _), _ = _scan_lines(head[: 1 << 20], 0, self._quote(file))
+        schema = self._parse(file, head[: max(0, stop)] or head, None).schema
         rows[0] -= not self._is_json(file)
         self.names[file] = schema.names
         return schema, rows, keys, nbytes

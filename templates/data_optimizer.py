@@ -91,6 +91,12 @@ def _data_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
         raise ValueError(f"{rank=} and {world_size=} must be given together")
     if rank is None or world_size is None:
         if not (dist.is_available() and dist.is_initialized()):
+            if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                raise RuntimeError(
+                    "a launcher started several processes, but torch.distributed is "
+                    "not initialized: each would read all rows. Call "
+                    "dist.init_process_group() first, or pass rank= and world_size="
+                )
             return 0, 1
         return dist.get_rank(), dist.get_world_size()
     if not 0 <= rank < world_size:
@@ -464,14 +470,15 @@ class _FileSource(_BlockSource):
         pa = _import_data_package("pyarrow", "pyarrow")
         have = dict(zip(schema.names, schema.types, strict=True))
         wanted = schema.names if self.wanted is None else self.wanted
-        for name in self.types or wanted:
+        for name in self.types or [*wanted, *self.given_types]:
             if name not in have:
                 raise DataError(
                     f"no column {name!r} in {file}: it has {', '.join(have)}"
                 )
             kind = self.given_types.get(name, have[name])
-            if not self.first_file:
+            if not self.first_file and name in wanted:
                 self.types[name] = pa.string() if pa.types.is_null(kind) else kind
+            if not self.first_file:
                 continue
             known = self.types[name]
             types = _tensor_type(pa, kind) or kind, _tensor_type(pa, known) or known
@@ -913,7 +920,22 @@ class _RowLayout:
         # type, values in a row if it has such a name, else 0).
         self.matrices: list[tuple[str | None, list[int], Any, int]] = []
         self.others: list[int] = []
-        stacked = {name: to for to, names in (stack or {}).items() for name in names}
+        stacked: dict[str, str] = {}
+        for to, names in (stack or {}).items():
+            if to in source.types or not names or isinstance(names, str):
+                raise DataError(
+                    f"stack {to!r} must be a list of columns, with a name that no "
+                    f"column has: {names!r}"
+                )
+            for name in names:
+                if name not in source.types:
+                    raise DataError(
+                        f"no column {name!r} for stack {to!r}: there are "
+                        f"{', '.join(source.types)}"
+                    )
+                if name in stacked:
+                    raise DataError(f"column {name!r} is in stacks twice")
+                stacked[name] = to
         numbers: dict[tuple[str | None, Any], list[int]] = {}
         for i, (name, stored) in enumerate(source.types.items()):
             kind = stored if as_rows else _tensor_type(pa, stored)
@@ -933,7 +955,10 @@ class _RowLayout:
             else:
                 self.others.append(i)
         for name, to in stacked.items():
-            raise DataError(f"column {name!r} of stack {to!r} is no column of numbers")
+            raise DataError(
+                f"column {name!r} of stack {to!r} is {self.types[name]}: only columns "
+                "of single numbers can be stacked"
+            )
         for (to, dtype), columns in numbers.items():
             if to in [done for done, *_ in self.matrices if done]:
                 raise DataError(
@@ -1487,19 +1512,28 @@ class _LineSource(_FileSource):
             raise DataError(f"{file} is empty: remove it, or pass on_error='skip'")
         # The types are those of the first megabyte's rows.
         _, (stop, _), _ = _scan_lines(head[: 1 << 20], 0, self._quote(file))
-        schema = self._parse(file, head[: max(0, stop)] or head, None).schema
+        head = head[: max(0, stop)] or head
+        schema = self._parse(file, head, None).schema
+        if self._is_json(file) and self.given_types:  # which are in it unasked
+            found = self._parse(file, head, None, typed=False).schema.names
+            pa = _import_data_package("pyarrow", "pyarrow")
+            schema = pa.schema([field for field in schema if field.name in found])
         rows[0] -= not self._is_json(file)
         self.names[file] = schema.names
         return schema, rows, keys, nbytes
 
     def _parse(
-        self, file: str, data: bytes | memoryview, names: list[str] | None
+        self,
+        file: str,
+        data: bytes | memoryview,
+        names: list[str] | None,
+        typed: bool = True,
     ) -> Any:
         """Parse whole rows; `names` None: the first row of the file is among them."""
         pa = _import_data_package("pyarrow", "pyarrow")
         if not self._is_whole(file) and self.encoding not in ("utf-8", "utf8"):
             data = str(data, self.encoding).encode()
-        types = self.types or self.given_types
+        types = (self.types or self.given_types) if typed else {}
         if self._is_json(file):
             pa_json = _import_data_package("pyarrow.json", "pyarrow")
             return pa_json.read_json(
@@ -1659,7 +1693,18 @@ class _ColumnStream(IterableDataset):
         self.rank, self.world_size = _data_rank(rank, world_size)
         # A few MB shuffle in the cache; twice the rows took half as long again.
         bounded = max(1024, min(1 << 15, (16 << 20) // source.row_bytes))
-        self.window_rows = window_rows or bounded
+        self.window_rows = bounded if window_rows is None else window_rows
+        if batch_size < 1 or self.window_rows < 1:
+            raise ValueError(
+                f"rows must be at least 1: {self.window_rows} in window_rows, "
+                f"{batch_size} in batch_size or chunk_size"
+            )
+        for name in fill_null or {}:
+            if name not in source.types:
+                raise DataError(
+                    f"no column {name!r} to fill_null: there are "
+                    f"{', '.join(source.types)}"
+                )
         self._take_source(source)
 
     def _take_source(self, source: _BlockSource) -> None:
@@ -1746,8 +1791,15 @@ class _ColumnStream(IterableDataset):
             source.together,
         )
 
+    def order_digest(self) -> str:
+        """Return what all that decides the order is hashed to."""
+        facts = [self.seed, self.shuffle, self.window_rows, self.source.together]
+        digest = hashlib.sha256(repr(facts).encode())
+        digest.update(self.source.block_rows.tobytes())
+        return digest.hexdigest()[:16]
+
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that decides the order (running workers hear of it)."""
+        """Choose the epoch of row iteration (running workers hear of it)."""
         self._row_feed.cursor[0] = epoch
 
     def __iter__(self) -> Iterator[Any]:
@@ -1789,7 +1841,10 @@ class StreamingTextDataset(_ColumnStream):
         on_error: "skip" leaves out what cannot be read and lists it in `skipped`.
         encoding: of the files; UTF-16 and UTF-32 are read in one piece, like .gz.
         quote_char: None where quotes are plain letters.
-        window_rows: rows that are shuffled together, by default 32768 or about 16 MB.
+        rank, world_size: by default those of torch.distributed, which has to be
+            initialized before.
+        window_rows: rows that are shuffled together, by default 32768, or fewer if
+            they are more than about 16 MB.
         cache_dir: folder in which the columns are kept as Parquet, so that only the
             first epoch parses text; takes as much disk as they do. Their order is
             another one than without. Files that have changed are converted again, what
@@ -1872,7 +1927,10 @@ class StreamingParquetDataset(_ColumnStream):
             (those of floats become NaN).
         on_error: "skip" leaves out what cannot be read and lists it in `skipped`.
         filesystem: of pyarrow or fsspec, where the path alone does not say it.
-        window_rows: rows that are shuffled together, by default 32768 or about 16 MB.
+        rank, world_size: by default those of torch.distributed, which has to be
+            initialized before.
+        window_rows: rows that are shuffled together, by default 32768, or fewer if
+            they are more than about 16 MB.
 
     Raises:
         DataError: names the file, column and remedy.
@@ -2004,7 +2062,10 @@ class StreamBatchLoader:
     from the start, and hands over to the next epoch at its end.
 
     Args:
-        batch_size: rows of a global batch, over all ranks together.
+        batch_size: rows of a global batch, over all ranks together, whose shares may
+            differ by a row: a loss of the global batch is the sum over all ranks,
+            divided by all rows. Where few rows are left for the last batch of an epoch
+            it is evened out with the one before it.
         device: batches come in pinned memory if it is a CUDA device.
         num_workers: 0 decodes in threads, which suits numbers; processes pay where
             decoding takes more than one core. With a `collate_fn` they run that.
@@ -2073,12 +2134,26 @@ class StreamBatchLoader:
         self.epoch, self.position = epoch, self._bound(start)
         self._start = self.position
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int | str]:
         """Return epoch and position in rows; the batch last yielded counts as used."""
-        return {"epoch": self.epoch, "position": self.position}
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "order": self.stream.order_digest(),
+        }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after the batch that was last yielded, on any ranks and workers."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the batch that was last yielded, on any ranks and workers.
+
+        Raises:
+            DataError: the state is of rows in another order, some of which would come
+                twice and others never.
+        """
+        if state.get("order", self.stream.order_digest()) != self.stream.order_digest():
+            raise DataError(
+                "this state is of rows in another order: seed, shuffle, window_rows, "
+                "columns and the files' rows must be as they were when it was saved"
+            )
         self.epoch, self.position = state["epoch"], state["position"]
         self._start = self.position
 

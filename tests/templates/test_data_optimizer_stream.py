@@ -252,7 +252,8 @@ def test_resume_on_other_workers_and_ranks(shards, used):
         loader = StreamBatchLoader(stream(shards, rank=rank, world_size=2), 64)
         loader.load_state_dict(state)
         rest.append(ids(loader))
-        assert loader.state_dict() == {"epoch": 4, "position": 0}
+        after = loader.state_dict()
+        assert (after["epoch"], after["position"]) == (4, 0)
     joined = [sorted(a + b) for a, b in zip(*rest, strict=True)]
     assert joined == batches[used:]
 
@@ -866,3 +867,65 @@ def test_cutting_lines_agrees_with_the_csv_module(tmp_path, monkeypatch, block):
         data = StreamingTextDataset(path)
         assert data.rows == len(wanted), (turn, text)
         assert list(data) == wanted
+
+
+@pytest.mark.parametrize(
+    "changed", [{"seed": 8}, {"shuffle": False}, {"window_rows": 77}]
+)
+def test_a_state_of_another_order_is_refused(shards, changed):
+    state = StreamBatchLoader(stream(shards), 64).state_dict()
+    StreamBatchLoader(stream(shards), 8).load_state_dict(state)
+    with pytest.raises(DataError, match="rows in another order: seed, shuffle"):
+        StreamBatchLoader(stream(shards, **changed), 64).load_state_dict(state)
+
+
+def test_a_state_of_other_files_is_refused(tmp_path):
+    pq.write_table(pa.table({"id": range(100)}), tmp_path / "a.parquet")
+    state = StreamBatchLoader(StreamingParquetDataset(tmp_path), 8).state_dict()
+    pq.write_table(pa.table({"id": range(10)}), tmp_path / "b.parquet")
+    more = StreamBatchLoader(StreamingParquetDataset(tmp_path), 8)
+    with pytest.raises(DataError, match="the files' rows must be as they were"):
+        more.load_state_dict(state)
+
+
+def test_several_processes_without_a_process_group_are_refused(shards, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        RuntimeError, match=r"init_process_group\(\) first, or pass rank"
+    ):
+        StreamingParquetDataset(shards)
+    assert StreamingParquetDataset(shards, rank=1, world_size=2).rank == 1
+
+
+@pytest.mark.parametrize(
+    ("stack", "message"),
+    [
+        ({"h": ["xx"]}, "no column 'xx' for stack 'h': there are "),
+        ({"id": ["x"]}, "with a name that no column has"),
+        ({"h": []}, "must be a list of columns"),
+        ({"h": "x"}, "must be a list of columns"),
+        ({"h": ["x"], "i": ["x"]}, "column 'x' is in stacks twice"),
+    ],
+)
+def test_stacks_that_cannot_be(shards, stack, message):
+    stream = StreamingParquetDataset(shards, columns=["id", "x"])
+    with pytest.raises(DataError, match=message):
+        StreamBatchLoader(stream, 8, stack=stack)
+
+
+def test_settings_of_unknown_columns_are_refused(shards):
+    with pytest.raises(DataError, match="no column 'lable' to fill_null"):
+        StreamingParquetDataset(shards, fill_null={"lable": 0})
+    with pytest.raises(DataError, match="no column 'lable' in "):
+        StreamingParquetDataset(shards, column_types={"lable": "int64"})
+    with pytest.raises(ValueError, match="-5 in window_rows"):
+        StreamingParquetDataset(shards, window_rows=-5)
+
+
+def test_a_key_that_no_json_row_has_is_an_error(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"txt": "one"}\n{"txt": null, "n": 1}\n')
+    with pytest.raises(DataError, match=r"no column 'text' in .*: it has txt, n"):
+        StreamingTextDataset(tmp_path / "a.jsonl")
+    data = StreamingTextDataset(tmp_path / "a.jsonl", text_column="txt")
+    assert list(data) == ["one", None]

@@ -169,9 +169,11 @@ def test_on_a_cpu_the_table_is_sorted_by_cpu_time_and_has_no_gpu_column():
     table = text[text.index("---") :]
     assert "CUDA" not in table
     events = sorted(profiler.key_averages(), key=lambda e: -e.self_cpu_time_total)
-    positions = [table.index(f" {event.key}  ") for event in events[:5]]
+    keys = [event.key for event in events[:6]]  # PyTorch shortens long ones
+    shown = [key if len(key) <= 55 else f"{key[:52]}..." for key in keys]
+    positions = [table.index(f" {name}  ") for name in shown[:5]]
     assert positions == sorted(positions)
-    assert f" {events[5].key}  " not in table
+    assert f" {shown[5]}  " not in table
 
 
 def test_only_a_cuda_model_records_and_sorts_by_cuda():

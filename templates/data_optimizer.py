@@ -475,19 +475,24 @@ class _FileSource(_BlockSource):
                 raise DataError(
                     f"no column {name!r} in {file}: it has {', '.join(have)}"
                 )
-            kind = self.given_types.get(name, have[name])
-            if not self.first_file and name in wanted:
-                self.types[name] = pa.string() if pa.types.is_null(kind) else kind
-            if not self.first_file:
-                continue
-            known = self.types[name]
+        kinds = {
+            name: self.given_types.get(name, have[name])
+            for name in self.types or wanted
+        }
+        if not self.first_file:
+            self.types = {
+                name: pa.string() if pa.types.is_null(kind) else kind
+                for name, kind in kinds.items()
+            }
+            self.first_file = file
+        for name, known in self.types.items():
+            kind = kinds[name]
             types = _tensor_type(pa, kind) or kind, _tensor_type(pa, known) or known
             if self.typed and types[0] != types[1] and not pa.types.is_null(kind):
                 raise DataError(
                     f"column {name!r} is {known} in {self.first_file} but {kind} in "
                     f"{file}: pass column_types={{{name!r}: ...}}"
                 )
-        self.first_file = self.first_file or file
 
     def read(
         self, block: int, batch_rows: int, convert: Callable[[str, str, Any], Any]
@@ -920,22 +925,7 @@ class _RowLayout:
         # type, values in a row if it has such a name, else 0).
         self.matrices: list[tuple[str | None, list[int], Any, int]] = []
         self.others: list[int] = []
-        stacked: dict[str, str] = {}
-        for to, names in (stack or {}).items():
-            if to in source.types or not names or isinstance(names, str):
-                raise DataError(
-                    f"stack {to!r} must be a list of columns, with a name that no "
-                    f"column has: {names!r}"
-                )
-            for name in names:
-                if name not in source.types:
-                    raise DataError(
-                        f"no column {name!r} for stack {to!r}: there are "
-                        f"{', '.join(source.types)}"
-                    )
-                if name in stacked:
-                    raise DataError(f"column {name!r} is in stacks twice")
-                stacked[name] = to
+        stacked = self._stacked(stack or {}, source.types)
         numbers: dict[tuple[str | None, Any], list[int]] = {}
         for i, (name, stored) in enumerate(source.types.items()):
             kind = stored if as_rows else _tensor_type(pa, stored)
@@ -975,6 +965,27 @@ class _RowLayout:
         self.outputs += list(stack or {})
         kinds = list(self.types.values())
         self.schema = pa.schema([(str(i), kinds[i]) for i in self.others])
+
+    @staticmethod
+    def _stacked(stack: dict[str, list[str]], types: dict[str, Any]) -> dict[str, str]:
+        """Return the stack of each column that is in one, which it checks."""
+        stacked: dict[str, str] = {}
+        for to, names in stack.items():
+            if to in types or not names or isinstance(names, str):
+                raise DataError(
+                    f"stack {to!r} must be a list of columns, with a name that no "
+                    f"column has: {names!r}"
+                )
+            for name in names:
+                if name not in types:
+                    raise DataError(
+                        f"no column {name!r} for stack {to!r}: there are "
+                        f"{', '.join(types)}"
+                    )
+                if name in stacked:
+                    raise DataError(f"column {name!r} is in stacks twice")
+                stacked[name] = to
+        return stacked
 
     def convert(self, file: str, name: str, array: Any) -> Any:
         """Give a decoded column its type, and fill or refuse its nulls."""
@@ -1153,14 +1164,14 @@ class _WindowFeed(IterableDataset):
     def shares(self, ordered: bool) -> Iterator[Any]:
         """Yield what this rank takes of each window: see `_EpochPlan.shares`."""
         stream, (epoch, position) = self.stream, self.cursor.tolist()
-        rank, ranks = stream.rank, stream.world_size
         return stream.plan(epoch).shares(
             position,
             self.batch_size,
             self.drop_last,
-            rank,
-            ranks,
-            ordered or ranks > 1,  # which blocks a rank reads depends on its rows
+            stream.rank,
+            stream.world_size,
+            # Which blocks a rank reads depends on its rows.
+            ordered or stream.world_size > 1,
         )
 
     def receive(self, items: Iterator[Any], workers: int) -> Iterator[Any]:
@@ -1228,9 +1239,11 @@ class _WindowFeed(IterableDataset):
         np = _import_data_package("numpy", "numpy")
         window, rows, counts, whole = share
         edges = np.append(0, np.cumsum(window.high - window.low))
-        first, last = 0, len(window.blocks)
-        if rows is not None:  # a rank reads no block that holds none of its rows
-            ends = [rows.min(), rows.max()] if len(rows) else [0, -1]
+        first = last = 0
+        if rows is None:
+            last = len(window.blocks)
+        elif len(rows):  # a rank reads no block that holds none of its rows
+            ends = [rows.min(), rows.max()]
             first, last = np.searchsorted(edges, ends, "right") - [1, 0]
         base = int(edges[first])
         if edges[last] - base > self.rows:
@@ -1513,11 +1526,14 @@ class _LineSource(_FileSource):
         # The types are those of the first megabyte's rows.
         _, (stop, _), _ = _scan_lines(head[: 1 << 20], 0, self._quote(file))
         head = head[: max(0, stop)] or head
-        schema = self._parse(file, head, None).schema
-        if self._is_json(file) and self.given_types:  # which are in it unasked
+        table = self._parse(file, head, None)
+        given = [name for name in self.given_types if name in table.schema.names]
+        if self._is_json(file) and any(
+            table[name].null_count == len(table) for name in given
+        ):  # Arrow makes a column of a key that no row has, if its type is given
             found = self._parse(file, head, None, typed=False).schema.names
-            pa = _import_data_package("pyarrow", "pyarrow")
-            schema = pa.schema([field for field in schema if field.name in found])
+            table = table.select([n for n in table.schema.names if n in found])
+        schema = table.schema
         rows[0] -= not self._is_json(file)
         self.names[file] = schema.names
         return schema, rows, keys, nbytes
@@ -2149,7 +2165,8 @@ class StreamBatchLoader:
             DataError: the state is of rows in another order, some of which would come
                 twice and others never.
         """
-        if state.get("order", self.stream.order_digest()) != self.stream.order_digest():
+        order = self.stream.order_digest()
+        if state.get("order", order) != order:
             raise DataError(
                 "this state is of rows in another order: seed, shuffle, window_rows, "
                 "columns and the files' rows must be as they were when it was saved"

@@ -929,3 +929,11 @@ def test_a_key_that_no_json_row_has_is_an_error(tmp_path):
         StreamingTextDataset(tmp_path / "a.jsonl")
     data = StreamingTextDataset(tmp_path / "a.jsonl", text_column="txt")
     assert list(data) == ["one", None]
+
+
+def test_a_skipped_first_file_decides_nothing(tmp_path):
+    pq.write_table(pa.table({"id": [1]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"id": [2], "x": [0.5]}), tmp_path / "b.parquet")
+    data = StreamingParquetDataset(tmp_path, columns=["id", "x"], on_error="skip")
+    assert list(data) == [{"id": 2, "x": 0.5}]
+    assert len(data.skipped) == 1

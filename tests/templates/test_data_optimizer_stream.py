@@ -815,28 +815,32 @@ def test_streams_from_s3(shards):
 
 
 def test_memory_does_not_grow_with_the_file_or_over_epochs(tmp_path):
+    smaps = Path("/proc/self/smaps_rollup")
+    if not smaps.exists():
+        pytest.skip("no smaps_rollup on this system")
     path = tmp_path / "big.parquet"
-    rows = 1 << 20
-    values = np.random.default_rng(0).standard_normal(rows)
+    values = np.arange(3 << 20) // 64 % 1000 / 7  # compresses to a few MB
     table = {f"c{i}": values for i in range(16)}
-    pq.write_table(pa.table(table), path)  # one row group of 128 MB
+    pq.write_table(pa.table(table), path, row_group_size=len(values))
     del table
     loader = StreamBatchLoader(StreamingParquetDataset(path, shuffle=True), 1024)
 
     def private_mb():
-        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        lines = smaps.read_text().splitlines()
         return next(int(x.split()[1]) for x in lines if "Pss_Anon" in x) / 1024
 
-    if not os.path.exists("/proc/self/smaps_rollup"):
-        pytest.skip("no smaps_rollup on this system")
-    before, highest = private_mb(), []
+    # The row group is 400 MB: kept whole, or a quarter of what three epochs read,
+    # it would break the bound. Pages that an allocator has yet to give back count
+    # in private_mb, and vary with the load; what Arrow holds does not.
+    before, held = private_mb(), []
     for _ in range(3):
-        highest.append(0)
+        held.append(0)
         for k, _ in enumerate(loader):
             if k % 64 == 0:
-                highest[-1] = max(highest[-1], private_mb() - before)
-    assert max(highest) < 100
-    assert highest[2] < highest[1] + 30  # of threads that happen to overlap
+                assert private_mb() - before < 300
+                held[-1] = max(held[-1], pa.total_allocated_bytes() / 2**20)
+    assert max(held) < 60
+    assert held[2] < held[0] + 20
 
 
 def test_an_epoch_left_early_does_not_leak_into_the_next(shards):

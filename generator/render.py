@@ -92,11 +92,13 @@ def render_script(request: Request, library: Library | None = None) -> Script:
     environment = make_environment()
     library = library or Library.load()
     script_name = "train.py" if request.output == "-" else PurePath(request.output).name
+    name = request.task.name
     context = {
         **dict.fromkeys(SECTIONS, False),
         **request.sections,
         "task": request.task,
         "model": request.model,
+        "skips": "stream" in request.sections or name in ("image", "tabular"),
         "version": __version__,
         "script": shlex.quote(script_name),
         "module": request.stem,

@@ -452,14 +452,28 @@ class _FileSource(_BlockSource):
         except DataError as error:
             return error
         except (OSError, ValueError) as error:  # Arrow's errors are of these two
-            return DataError(
-                f"cannot read {file}: {error}. Repair or remove it, or pass "
-                "on_error='skip'"
-            )
+            return self._unreadable(file, error)
+
+    def _unreadable(self, what: str, error: Exception) -> DataError:
+        """Say what cannot be read, why, and what helps unless it is skipped."""
+        cause = " ".join(str(error).split()).rstrip(".")
+        text = f"cannot read {what}: {cause}"
+        if self.on_error == "skip":
+            return DataError(text)
+        remedy = "Repair or remove it"
+        if "FieldRef" in cause:
+            remedy = "Check the names of columns in filters"
+        elif re.search("utf-?8", cause, re.IGNORECASE):
+            remedy = "Pass the encoding that it has (such as 'cp1252'), repair it"
+        return DataError(f"{text}. {remedy}, or pass on_error='skip'")
 
     @abc.abstractmethod
     def _index_file(self, file: str) -> tuple[Any, list[int], list[Any], int]:
         """Return a file's schema, the rows and key of each block, and its bytes."""
+
+    @abc.abstractmethod
+    def _describe(self, block: int) -> str:
+        """Name a block for a person to find it."""
 
     @abc.abstractmethod
     def _read_raw(self, block: int, batch_rows: int) -> Iterator[Any]:
@@ -510,15 +524,15 @@ class _FileSource(_BlockSource):
         except DataError:
             raise
         except (OSError, ValueError) as error:
+            raise self._unreadable(self._describe(block), error) from error
+        self._check_rows(file, left)
+
+    def _check_rows(self, file: str, missing: int) -> None:
+        if missing:
             raise DataError(
-                f"cannot read {file}, block {self.block_key[block]}: {error}. Repair "
-                "or remove it, or pass on_error='skip'"
-            ) from error
-        if left:
-            raise DataError(
-                f"{file} has {abs(left)} rows {'less' if left > 0 else 'more'} than it "
-                "had when it was indexed: do not change files while they are read, "
-                "and in CSV close each quote (or set quote_char)"
+                f"{file} has {abs(missing)} rows {'less' if missing > 0 else 'more'} "
+                "than it had when it was indexed: do not change files while they are "
+                "read, and in CSV close each quote (or set quote_char)"
             )
 
 
@@ -599,11 +613,18 @@ class _ParquetSource(_FileSource):
             counts[group] = one.count_rows(filter=self.filters)
         return counts
 
+    def _describe(self, block: int) -> str:
+        file = self.files[self.block_file[block]]
+        return f"{file}, row group {self.block_key[block]}"
+
     def _read_raw(self, block: int, batch_rows: int) -> Iterator[Any]:
         pa = _import_data_package("pyarrow", "pyarrow")
         file = self.files[self.block_file[block]]
         hive = self._hive_values(file)
         with self._open(file) as opened:
+            if self.filters is None:  # a block is not read beyond the rows it had
+                group = opened.metadata.row_group(self.block_key[block])
+                self._check_rows(file, int(self.block_rows[block]) - group.num_rows)
             stored = opened.schema_arrow.names
             names = stored if self.filters is not None else self.types
             columns = [name for name in names if name in stored]
@@ -997,8 +1018,13 @@ class _RowLayout:
             if array.type != kind:
                 # Large integers may be rounded on their way to floats.
                 array = array.cast(kind, safe=not pa.types.is_floating(kind))
-            if array.null_count and name in self.fill_null:
-                array = array.fill_null(pa.scalar(self.fill_null[name], kind))
+            value = self.fill_null.get(name)
+            if pa.types.is_fixed_size_list(kind) and isinstance(value, int | float):
+                array = array.fill_null(pa.scalar([value] * kind.list_size, kind))
+                elements = array.flatten().fill_null(value)
+                array = pa.FixedSizeListArray.from_arrays(elements, kind.list_size)
+            elif array.null_count and name in self.fill_null:
+                array = array.fill_null(pa.scalar(value, kind))
         except (pa.ArrowException, ValueError, TypeError) as error:
             raise DataError(f"column {name!r} of {file}: {error}") from error
         if self.as_rows:
@@ -1325,7 +1351,8 @@ class _WindowFeed(IterableDataset):
             if source.on_error == "raise":
                 raise
             if readers.get(block, self) is not None:
-                source.skipped.append(str(error))
+                rows = source.block_rows[block] - low
+                source.skipped.append(f"{error} ({rows} rows)")
             readers[block] = None
             lost = [[pa.nulls(high - low, kind)] for kind in layout.schema.types]
             return lost, np.arange(begin, begin + high - low)
@@ -1552,7 +1579,7 @@ class _LineSource(_FileSource):
         types = (self.types or self.given_types) if typed else {}
         if self._is_json(file):
             pa_json = _import_data_package("pyarrow.json", "pyarrow")
-            return pa_json.read_json(
+            table = pa_json.read_json(
                 pa.BufferReader(data[3:] if data[:3] == b"\xef\xbb\xbf" else data),
                 pa_json.ReadOptions(use_threads=False, block_size=len(data) + 1),
                 pa_json.ParseOptions(
@@ -1560,6 +1587,8 @@ class _LineSource(_FileSource):
                     unexpected_field_behavior="ignore" if self.types else "infer",
                 ),
             )
+            table.validate(full=True)  # that texts are UTF-8, as read_csv does
+            return table
         pa_csv = _import_data_package("pyarrow.csv", "pyarrow")
         tabs = ".tsv" in Path(file).name
         if data[-1:] != b"\n":
@@ -1578,6 +1607,11 @@ class _LineSource(_FileSource):
                 column_types=types, include_columns=list(self.types) or None
             ),
         )
+
+    def _describe(self, block: int) -> str:
+        file = self.files[self.block_file[block]]
+        offset, length = self.block_key[block]
+        return file if length < 0 else f"{file}, bytes {offset} to {offset + length}"
 
     def _read_raw(self, block: int, batch_rows: int) -> Iterator[Any]:
         file = self.files[self.block_file[block]]
@@ -1752,6 +1786,39 @@ class _ColumnStream(IterableDataset):
         val._take_source(_SplitSource(self.source, count, seed, drawn=True))
         val.shuffle = False
         return train, val
+
+    def drop_unreadable(self) -> None:
+        """With on_error="skip", read all rows once and leave out what cannot be read.
+
+        Else a batch has fewer rows, or none, where something cannot be read. After this
+        call, before `split` and on every rank, all batches are whole.
+
+        Raises:
+            DataError: no block can be read.
+        """
+        source, layout = self.source, _RowLayout(self.source, self.fill_null)
+        if source.on_error == "raise":
+            return
+
+        def find_fault(block: int) -> str:
+            try:
+                for _ in source.read(block, 1 << 14, layout.convert):
+                    pass
+            except DataError as error:
+                return f"{error} ({source.block_rows[block]} rows)"
+            return ""
+
+        blocks = source.block_rows.nonzero()[0].tolist()
+        kept = source.block_rows.copy()
+        with ThreadPoolExecutor(min(4, _usable_cpu_count())) as pool:
+            for block, fault in zip(blocks, pool.map(find_fault, blocks), strict=True):
+                if fault:
+                    kept[block] = 0
+                    source.skipped.append(fault)
+        if not kept.any():
+            raise DataError(f"no readable rows: {'; '.join(source.skipped[:3])}")
+        source.block_rows = kept
+        self._take_source(source)
 
     def unique(self, column: str, limit: int = 10000) -> list[Any]:
         """Return a column's distinct values, sorted: the labels, for instance.
@@ -1940,7 +2007,7 @@ class StreamingParquetDataset(_ColumnStream):
         column_types: Arrow types by column to cast to: {"emb": pa.list_(pa.float32(),
             384)} makes a tensor of lists that all have 384 numbers.
         fill_null: value by column, for nulls in columns that become integer tensors
-            (those of floats become NaN).
+            (those of floats become NaN); of a fixed-size list for each missing element.
         on_error: "skip" leaves out what cannot be read and lists it in `skipped`.
         filesystem: of pyarrow or fsspec, where the path alone does not say it.
         rank, world_size: by default those of torch.distributed, which has to be
@@ -2227,6 +2294,11 @@ class StreamedRows:
     def __len__(self) -> int:
         return self.stream.rows
 
+    @property
+    def skipped(self) -> list[str]:
+        """What on_error="skip" left out: file and cause."""
+        return self.stream.skipped
+
     def load(
         self,
         batch_size: int,
@@ -2349,7 +2421,12 @@ ROWS_TO_SCALE_BY = 1_000_000  # that mean and deviation of columns are taken fro
 
 
 def open_table(
-    path: str, label_column: str, objective: str, val_fraction: float, seed: int
+    path: str,
+    label_column: str,
+    objective: str,
+    val_fraction: float,
+    seed: int,
+    on_error: str = "raise",
 ) -> tuple[StreamedRows, StreamedRows, dict[str, Any]]:
     """Parquet rows to train and to validate on: a label, and all other numbers.
 
@@ -2357,6 +2434,7 @@ def open_table(
         path: a file, a folder or a glob.
         objective: "classify", "regress", or "auto": a label of fractions is regressed
             on, one of whole numbers or text classified.
+        on_error: "skip" reads all rows once and leaves out what cannot be read.
 
     Returns:
         Two data sets of (features (B, F), labels (B,)), and what a model has to know:
@@ -2366,7 +2444,9 @@ def open_table(
     Raises:
         DataError: no column of numbers, a label with too many values, missing values.
     """
-    types = StreamingParquetDataset(path, rank=0, world_size=1).source.types
+    types = StreamingParquetDataset(
+        path, on_error=on_error, rank=0, world_size=1
+    ).source.types
     features = number_columns(types, label_column)
     if not features:
         raise DataError(f"{path}: no column but {label_column} holds numbers")
@@ -2377,18 +2457,18 @@ def open_table(
     if regress:
         kinds[label_column] = "float32"
 
-    open_stream = functools.partial(
-        StreamingParquetDataset,
+    rows = StreamingParquetDataset(
         path,
         [*features, label_column],
         shuffle=True,
         seed=seed,
         column_types=kinds,
+        on_error=on_error,
     )
-    whole = open_stream(rank=0, world_size=1)  # so that all ranks scale alike
+    rows.drop_unreadable()
     classes = []
     if not regress:
-        classes, _ = number_classes(whole.unique(label_column, MAX_TABLE_CLASSES))
+        classes, _ = number_classes(rows.unique(label_column, MAX_TABLE_CLASSES))
     collate = functools.partial(
         split_label, features="x", label_column=label_column, classes=classes
     )
@@ -2397,9 +2477,11 @@ def open_table(
         parts = stream.split(val_fraction, seed)
         return [StreamedRows(part, collate, {"x": features}) for part in parts]
 
+    whole = copy.copy(rows)
+    whole.rank, whole.world_size = 0, 1  # all ranks scale alike
     batches = itertools.islice(split(whole)[0].load(8192), -(-ROWS_TO_SCALE_BY // 8192))
     scales = measure_scales(batches, regress)
-    train_set, val_set = split(open_stream())
+    train_set, val_set = split(rows)
     return (
         train_set,
         val_set,
@@ -2408,25 +2490,40 @@ def open_table(
 
 
 def open_text_stream(
-    data: str, columns: Sequence[str], seed: int, cache_dir: str = "", **options: Any
+    data: str,
+    columns: Sequence[str],
+    seed: int,
+    cache_dir: str = "",
+    on_error: str = "raise",
+    **options: Any,
 ) -> _ColumnStream:
     """Rows of CSV, JSONL or Parquet files, of a folder or a glob, shuffled, as text.
 
     Args:
         cache_dir: of StreamingTextDataset; empty keeps nothing.
-        options: further ones of the dataset, such as on_error, encoding, quote_char.
+        on_error: "skip" reads all rows once and leaves out what cannot be read.
+        options: further ones of the dataset, such as encoding or quote_char.
 
     Raises:
         DataError: a column is named twice, and what the stream raises.
     """
     if len(set(columns)) < len(columns):
         raise DataError(f"columns {', '.join(columns)}: name two different ones")
-    options |= {"seed": seed, "column_types": dict.fromkeys(columns, "string")}
+    options |= {
+        "shuffle": True,
+        "seed": seed,
+        "column_types": dict.fromkeys(columns, "string"),
+        "on_error": on_error,
+    }
+    rows: _ColumnStream
     if data.endswith((".parquet", ".pq")):
-        return StreamingParquetDataset(data, list(columns), shuffle=True, **options)
-    first, *others = columns
-    options |= {"shuffle": True, "cache_dir": cache_dir or None}
-    return StreamingTextDataset(data, first, columns=others, **options)
+        rows = StreamingParquetDataset(data, list(columns), **options)
+    else:
+        first, *others = columns
+        options["cache_dir"] = cache_dir or None
+        rows = StreamingTextDataset(data, first, columns=others, **options)
+    rows.drop_unreadable()
+    return rows
 
 
 TEXT_PIECE = 1 << 20  # characters of a text that are read and encoded at once
@@ -3120,6 +3217,26 @@ def split_samples(
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(samples), generator=generator).tolist()
     return Subset(samples, order[val_count:]), Subset(samples, order[:val_count])
+
+
+def describe_skipped(samples: Any, most: int = 10) -> str:
+    """What on_error="skip" has left out on any rank so far, in lines; often "".
+
+    Args:
+        samples: with a list `skipped`, or a Subset of such samples.
+        most: that are named, each in a line.
+    """
+    skipped = getattr(getattr(samples, "dataset", samples), "skipped", [])
+    if dist.is_available() and dist.is_initialized():
+        shares: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, skipped)
+        skipped = list(dict.fromkeys(itertools.chain(*shares)))
+    if not skipped:
+        return ""
+    lines = [f"\n{len(skipped)} left out, as on_error='skip' asks:", *skipped[:most]]
+    if len(skipped) > most:
+        lines.append(f"and {len(skipped) - most} more")
+    return "\n  ".join(lines)
 
 
 def move_batch(batch: Any, device: torch.device) -> Any:

@@ -148,6 +148,7 @@ OTHERS = {
         "--log-every",
         "--best-by",
         "--cache-dir",
+        "--on-error",
         "--text-column",
         "--label-column",
     ),

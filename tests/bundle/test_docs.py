@@ -25,6 +25,7 @@ from generator.cli import main, make_parser  # noqa: E402
 from generator.options import SECTIONS, TASKS, check_request  # noqa: E402
 from generator.render import render_script  # noqa: E402
 from generator.stitch import Library  # noqa: E402
+from tests.generator.scripts import run, write_script, write_text_data  # noqa: E402
 
 READMES = ("README.md", "README.ko.md")
 REFERENCES = sorted(f"references/{p.name}" for p in (ROOT / "references").glob("*.md"))
@@ -208,6 +209,18 @@ def test_options_of_scripts_exist():
     given = {w for c in shown for w in re.findall(r"--[a-z-]+", c)}
     assert "--text-column" in given
     assert given <= script_options()
+
+
+@pytest.mark.parametrize("stream", [(), ("--stream",)])
+def test_the_best_weights_are_used_as_readme_says(tmp_path, stream):
+    block = re.search(
+        r"```python\n(import torch\nfrom train .*?)```", read("README.md"), re.S
+    )
+    script = write_script(tmp_path, "--amp", "--checkpointing", *stream)
+    run(script, "--data", str(write_text_data(tmp_path)), "--epochs=1")
+    command = [sys.executable, "-c", block[1]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() in ("http", "logging", "xml"), done.stderr
 
 
 @pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md", "evals/README.md"])

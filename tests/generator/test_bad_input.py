@@ -1,6 +1,9 @@
 """Bad input to a generated script: one clear line, exit code 2, nothing is lost."""
 
+import itertools
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -136,3 +139,52 @@ def test_other_kinds_of_files_give_the_same_as_csv(kind, tmp_path):
         run(script, *words, f"--out-dir={path.suffix}")
         logs.append((tmp_path / path.suffix / "metrics.jsonl").read_text())
     assert logs[0] == logs[1]
+
+
+def left_out(output: str, count: int, *names: str) -> None:
+    """Check that a run counts and names what it has left out when it ends."""
+    _, found, tail = output.rpartition(f"{count} left out, as on_error='skip' asks:\n")
+    assert found, output
+    lines = list(itertools.takewhile(lambda x: x[:2] == "  ", tail.splitlines()))
+    assert len(lines) == count
+    for name in names:
+        assert sum(name in line for line in lines) == 1, (name, lines)
+
+
+@pytest.mark.parametrize("task", ["tabular", "text"])
+def test_on_error_skip_trains_on_the_rest_and_names_what_it_left_out(task, tmp_path):
+    script = write_script(tmp_path, f"--task={task}", *["--stream"] * (task == "text"))
+    words = data_words(task, tmp_path)
+    data = tmp_path / "data"
+    data.mkdir()
+    good = Path(words[1])
+    for number in (1, 3):
+        shutil.copy(good, data / f"{number}{good.suffix}")
+    words[1] = str(data)
+    run(script, *words, "--out-dir=whole")
+    # In the order of their names: torn between the two, damaged in its rows, no rows.
+    torn, damaged = data / f"2{good.suffix}", data / f"4{good.suffix}"
+    raw = good.read_bytes()
+    torn.write_bytes(b"" if task == "text" else raw[:-20])
+    middle = len(raw) // 2 if task == "text" else 40
+    damaged.write_bytes(raw[:middle] + b"\xff" * 20 + raw[middle + 20 :])
+    line = refusal(script, *words, "--out-dir=unused")
+    assert str(torn) in line
+    assert "on_error='skip'" in line
+    output = run(script, *words, "--on-error=skip", "--out-dir=rest")
+    left_out(output, 2, str(torn), str(damaged))
+    assert output.count("2 left out") == 2  # before and after the training
+    logs = [(tmp_path / out / "metrics.jsonl").read_text() for out in ("whole", "rest")]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_on_error_skip_names_images_of_all_ranks(ranks, tmp_path):
+    kind = ["--distributed=ddp"] if ranks else []
+    script = write_script(tmp_path, "--task=image", *kind)
+    words = data_words("image", tmp_path)
+    bad = sorted(Path(words[1]).glob("*/*.png"))[3::40]
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:60])
+    output = run(script, *words, "--on-error=skip", ranks=ranks)
+    left_out(output, len(bad), *map(str, bad))

@@ -189,10 +189,13 @@ def test_streams_hold_the_rows_that_memory_does(task, folder):
     found = []
     kept = str(folder / "kept")
     for words, cache in (((), []), (("--stream",), [""]), (("--stream",), [kept])):
+        on_error = ["raise"] if words else []
         more = [f"--cache-dir={path}" for path in cache]
         script = run(folder, "--task", task, model, *words, options=options + more)
         check_run(task, folder, script)
-        *sets, spec = script.build_datasets(options[1], *names, *cache, 0.2, 42)
+        *sets, spec = script.build_datasets(
+            options[1], *names, *cache, *on_error, 0.2, 42
+        )
         collate = [] if words else [script.collate]
         device = torch.device("cpu")
         loaders = script.make_loaders(*sets, 16, device, 0, 42, *collate)

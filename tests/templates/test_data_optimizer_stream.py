@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -682,7 +683,7 @@ def test_corrupt_blocks_are_named_or_skipped(tmp_path, shards, workers):
     (tmp_path / "torn.parquet").write_bytes(b"PAR1")
     good = shards / "3.parquet"
     loader = StreamBatchLoader(stream([broken, good]), 64, num_workers=workers)
-    with pytest.raises(DataError, match=r"broken\.parquet, block \d"):
+    with pytest.raises(DataError, match=r"broken\.parquet, row group \d"):
         list(loader)
     files = [broken, good, tmp_path / "torn.parquet"]
     data = stream(files, on_error="skip")
@@ -696,6 +697,99 @@ def test_corrupt_blocks_are_named_or_skipped(tmp_path, shards, workers):
     assert "torn.parquet" in data.skipped[0]
     assert len(data.skipped) > 1
     assert all("broken.parquet" in line for line in data.skipped[1:])
+    assert sum(lost_rows(line) for line in data.skipped[1:]) == 333 + 700 - len(seen)
+
+
+def lost_rows(line):
+    return int(re.search(r"\((\d+) rows\)$", line)[1])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_without_the_unreadable_all_batches_are_whole(tmp_path, shards, workers):
+    broken = corrupt(shards / "0.parquet", tmp_path / "broken.parquet")
+    torn = tmp_path / "torn.parquet"
+    torn.write_bytes(b"PAR1")
+    files = [broken, torn, shards / "1.parquet", shards / "3.parquet"]
+    data = stream(files, on_error="skip", fill_null={"x": 0.0})
+    before = data.rows
+    data.drop_unreadable()
+    assert str(torn) in data.skipped[0]
+    lost = sum(lost_rows(line) for line in data.skipped[1:])
+    assert 0 < lost == before - data.rows
+    said = list(data.skipped)
+    for part in (data, *data.split(0.3)):
+        batches = list(StreamBatchLoader(part, 64, num_workers=workers))
+        sizes = [len(batch["id"]) for batch in batches]
+        assert sum(sizes) == part.rows
+        assert min(sizes[:-2]) == 64
+    assert data.skipped == said
+    unskipped = stream(files[2:])
+    unskipped.drop_unreadable()  # nothing to do
+    with pytest.raises(DataError, match=r"no readable rows: .*all\.parquet"):
+        stream([all_broken(shards, tmp_path)], on_error="skip").drop_unreadable()
+
+
+def all_broken(shards, tmp_path):
+    """A file whose rows cannot be read, in one row group, while its footer can."""
+    path = tmp_path / "all.parquet"
+    pq.write_table(pq.read_table(shards / "0.parquet"), path)
+    return corrupt(path, path)
+
+
+def test_rows_without_a_file_that_cannot_be_read_are_those_of_the_others(
+    tmp_path, shards
+):
+    bad, good = all_broken(shards, tmp_path), [shards / f"{i}.parquet" for i in (1, 3)]
+    with_bad = stream([good[0], bad, good[1]], on_error="skip")
+    with_bad.drop_unreadable()
+    without = stream(good)
+    assert with_bad.rows == without.rows
+    pairs = zip(with_bad.split(0.2), without.split(0.2), strict=True)
+    for ours, wanted in [(with_bad, without), *pairs]:
+        assert ids(StreamBatchLoader(ours, 64)) == ids(StreamBatchLoader(wanted, 64))
+    state = StreamBatchLoader(with_bad, 64).state_dict()
+    with pytest.raises(DataError, match="another order"):
+        StreamBatchLoader(stream([*good, bad]), 64).load_state_dict(state)
+
+
+def test_a_file_that_is_written_anew_is_noticed(tmp_path):
+    path = write(tmp_path / "a.parquet", id=list(range(100)))
+    for rows in (99, 101, 300):
+        data = stream(path)
+        write(tmp_path / "a.parquet", id=list(range(rows)))
+        with pytest.raises(DataError, match=r"a\.parquet has \d+ rows (less|more)"):
+            list(StreamBatchLoader(data, 10))
+        write(tmp_path / "a.parquet", id=list(range(100)))
+
+
+def test_text_in_another_encoding_says_what_helps(tmp_path):
+    for name, line in (
+        ("t.jsonl", '{"text": "caf\xe9"}\n'),
+        ("t.csv", "text\ncaf\xe9\n"),
+    ):
+        path = tmp_path / name
+        path.write_text(line, encoding="cp1252")
+        with pytest.raises(DataError, match=rf"{name}.*encoding that it has"):
+            list(StreamingTextDataset(path))
+        assert list(StreamingTextDataset(path, encoding="cp1252")) == ["caf\xe9"]
+
+
+def test_a_filter_by_a_column_that_is_not_there_is_named(tmp_path):
+    path = write(tmp_path / "a.parquet", id=[1, 2])
+    with pytest.raises(DataError, match=r"(?s)idd.*columns in filters"):
+        stream(path, filters=[("idd", ">", 1)])
+
+
+def test_missing_embeddings_and_elements_are_filled(tmp_path):
+    kind = pa.list_(pa.float32(), 2)
+    rows = [[1, 2], None, [3, None], [5, 6]]
+    pq.write_table(pa.table({"emb": pa.array(rows, kind)}), tmp_path / "a.parquet")
+    data = stream(tmp_path / "a.parquet", shuffle=False)
+    with pytest.raises(DataError, match=r"'emb'.*fill_null"):
+        list(StreamBatchLoader(data, 4))
+    data = stream(tmp_path / "a.parquet", shuffle=False, fill_null={"emb": 0})
+    (batch,) = StreamBatchLoader(data, 4)
+    assert batch["emb"].tolist() == [[1, 2], [0, 0], [3, 0], [5, 6]]
 
 
 def test_list_data_files_passes_over_hidden_files(tmp_path):

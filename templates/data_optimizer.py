@@ -104,6 +104,15 @@ def _data_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
     return rank, world_size
 
 
+def _gather_objects(value: Any) -> list[Any]:
+    """Return what each rank gives, on all of them; all have to call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def _usable_cpu_count() -> int:
     """Count the CPUs of this process: its affinity and its cgroup v2 quota."""
     try:
@@ -2985,8 +2994,9 @@ def make_loaders(
 ) -> tuple[Any, Any]:
     """Batches to train on, shuffled anew each epoch, and batches to validate on.
 
-    Both have `set_epoch(epoch, start)` and a length; of several ranks each gets its
-    share of the same global batches.
+    Ranks call it together, to see that all have the same data. Both loaders have
+    `set_epoch(epoch, start)` and a length; of several ranks each gets its share of the
+    same global batches.
 
     Args:
         train_set, val_set: with samples by index; or with a method `load(batch_size,
@@ -2996,13 +3006,23 @@ def make_loaders(
         collate_fn: a list of samples -> (inputs, targets).
 
     Raises:
-        DataError: there is nothing to train or to validate on.
+        DataError: there is nothing to train or to validate on, or ranks differ in it.
     """
     if not len(train_set) or not len(val_set):
         raise DataError(
             f"{len(train_set)} samples to train on and {len(val_set)} to validate on:"
             " give more with --data, or another --val-fraction"
         )
+    streams = [x.stream for x in (train_set, val_set) if hasattr(x, "stream")]
+    orders = [stream.order_digest() for stream in streams]
+    seen = _gather_objects([len(train_set), len(val_set), *orders])
+    for rank, facts in enumerate(seen):
+        if facts != seen[0]:
+            raise DataError(
+                f"rank {rank} has {facts[0]} samples to train on and {facts[1]} to "
+                f"validate on, rank 0 has {seen[0][0]} and {seen[0][1]}, or other "
+                "files: give all machines the same data"
+            )
     loaders = []
     for samples, shuffle in ((train_set, True), (val_set, False)):
         if hasattr(samples, "load"):
@@ -3227,10 +3247,7 @@ def describe_skipped(samples: Any, most: int = 10) -> str:
         most: that are named, each in a line.
     """
     skipped = getattr(getattr(samples, "dataset", samples), "skipped", [])
-    if dist.is_available() and dist.is_initialized():
-        shares: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, skipped)
-        skipped = list(dict.fromkeys(itertools.chain(*shares)))
+    skipped = list(dict.fromkeys(itertools.chain(*_gather_objects(skipped))))
     if not skipped:
         return ""
     lines = [f"\n{len(skipped)} left out, as on_error='skip' asks:", *skipped[:most]]

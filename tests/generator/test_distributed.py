@@ -116,3 +116,28 @@ def test_other_numbers_of_ranks_and_bad_launches_are_one_line(tmp_path):
     output = run(single, *words, expect=2, WORLD_SIZE="2")
     assert "generate it with --distributed ddp" in output
     assert "Traceback" not in output
+
+
+OTHER_DATA = """
+import os
+make = script.build_datasets
+if os.environ["RANK"] == "1":
+    script.build_datasets = lambda *values: make({})
+"""
+
+
+@pytest.mark.parametrize(
+    ("task", "values"),
+    [
+        ("text", "*values[:-2], 0.3, values[-1]"),  # another number of rows
+        ("tabular", "*values[:-1], values[-1] + 1"),  # another order
+    ],
+)
+def test_ranks_that_see_other_data_are_refused(task, values, tmp_path):
+    """As machines with copies of their own may; they would wait for each other."""
+    script = write_script(tmp_path, f"--task={task}", "--distributed=ddp")
+    inject = OTHER_DATA.format(values)
+    words = data_words(task, tmp_path)
+    output = run(script, *words, ranks=2, expect=1, inject=inject)
+    assert "rank 1 has" in output
+    assert "give all machines the same data" in output

@@ -337,6 +337,14 @@ SECTIONS = {
             "2",
         ),
         Section(
+            "token_budget",
+            "batches of texts of like length, of at most N (2048) padded tokens",
+            "batches of texts of like length",
+            number=int,
+            bounds=(1, 1_000_000_000),
+            default=2048,
+        ),
+        Section(
             "profile",
             "trace a few steps; step times, memory and MFU at the end",
             "profiling",
@@ -561,6 +569,17 @@ CONFLICTS = (
     *(
         Conflict("--stream", f"--task={task}", "leave it out, it streams anyway")
         for task in ("image", "lm", "tabular")
+    ),
+    *(
+        Conflict(
+            "--token-budget", f"--task={task}", "leave it out, it is for --task text"
+        )
+        for task in ("image", "lm", "tabular", "embedding")
+    ),
+    Conflict("--token-budget", "--stream", "a stream has its own order: leave one out"),
+    *(
+        Conflict("--token-budget", flag, "lower N instead, batches differ in samples")
+        for flag in ("--accumulate", "--oom-recovery")
     ),
     *(
         Conflict("--model=timm", f"--task={task}", "timm has models for --task image")

@@ -63,6 +63,13 @@ from torch.utils.data import (
     get_worker_info,
 )
 
+PARQUET_ENDINGS = (".parquet", ".pq")
+TEXT_ENDINGS = tuple(
+    ending + packed
+    for packed in ("", ".gz", ".zst", ".bz2", ".lz4")
+    for ending in (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
+)
+_SKIP_IT = "pass on_error='skip' (--on-error skip)"
 _LINE_BLOCK_BYTES = 1 << 22  # CSV and JSONL are read in pieces of about this size
 _piece_buffer = threading.local()
 
@@ -436,7 +443,7 @@ class _FileSource(_BlockSource):
                 if isinstance(found, Exception):
                     if on_error == "raise":
                         raise found
-                    self.skipped.append(str(found))
+                    self.skipped.append(f"{found} (the whole file)")
                     continue
                 schema, rows, keys, nbytes = found
                 try:
@@ -444,12 +451,15 @@ class _FileSource(_BlockSource):
                 except DataError as error:
                     if on_error == "raise":
                         raise
-                    self.skipped.append(str(error))
+                    self.skipped.append(f"{error} (the whole file)")
                     continue
                 blocks += [(number, r, k) for r, k in zip(rows, keys, strict=True)]
                 size += nbytes
         if not self.first_file:
-            raise DataError(f"no readable file: {'; '.join(self.skipped[:3])}")
+            raise DataError(
+                f"none of {len(self.files)} files can be read, such as: "
+                f"{self.skipped[0]}"
+            )
         self.block_file = np.array([b[0] for b in blocks], dtype=np.int64)
         self.block_rows = np.array([b[1] for b in blocks], dtype=np.int64)
         self.block_key = [b[2] for b in blocks]
@@ -474,7 +484,7 @@ class _FileSource(_BlockSource):
             remedy = "Check the names of columns in filters"
         elif re.search("utf-?8", cause, re.IGNORECASE):
             remedy = "Pass the encoding that it has (such as 'cp1252'), repair it"
-        return DataError(f"{text}. {remedy}, or pass on_error='skip'")
+        return DataError(f"{text}. {remedy}, or {_SKIP_IT}")
 
     @abc.abstractmethod
     def _index_file(self, file: str) -> tuple[Any, list[int], list[Any], int]:
@@ -579,6 +589,7 @@ class _ParquetSource(_FileSource):
         # Locally a small buffer per column bounds memory; remotely one request for
         # the whole row group saves round trips.
         options = {"pre_buffer": False, "buffer_size": 1 << 16} if local else {}
+        options["page_checksum_verification"] = True  # where there are any
         return pq.ParquetFile(file, filesystem=self.filesystem, **options)
 
     def _index_file(self, file: str) -> tuple[Any, list[int], list[Any], int]:
@@ -1558,7 +1569,7 @@ class _LineSource(_FileSource):
             with self.filesystem.open_input_file(file) as opened:
                 head = opened.read_at(keys[0][1] if keys else 0, 0)
         if not head:
-            raise DataError(f"{file} is empty: remove it, or pass on_error='skip'")
+            raise DataError(f"{file} is empty: remove it, or {_SKIP_IT}")
         # The types are those of the first megabyte's rows.
         _, (stop, _), _ = _scan_lines(head[: 1 << 20], 0, self._quote(file))
         head = head[: max(0, stop)] or head
@@ -1825,7 +1836,7 @@ class _ColumnStream(IterableDataset):
                     kept[block] = 0
                     source.skipped.append(fault)
         if not kept.any():
-            raise DataError(f"no readable rows: {'; '.join(source.skipped[:3])}")
+            raise DataError(f"no rows can be read, such as: {source.skipped[-1]}")
         source.block_rows = kept
         self._take_source(source)
 
@@ -1967,8 +1978,6 @@ class StreamingTextDataset(_ColumnStream):
         cache_dir: str | Path | None = None,
     ):
         names = list(dict.fromkeys([text_column, *(columns or [])]))
-        endings = [".csv", ".tsv", ".jsonl", ".ndjson", ".json"]
-        endings += [e + z for e in endings for z in (".gz", ".zst", ".bz2", ".lz4")]
         types = {text_column: "string", **(column_types or {})}
         style = {
             "encoding": encoding,
@@ -1977,14 +1986,14 @@ class StreamingTextDataset(_ColumnStream):
         }
 
         def make_source() -> _LineSource:
-            given = (file_path, tuple(endings), filesystem, names, types, on_error)
+            given = (file_path, TEXT_ENDINGS, filesystem, names, types, on_error)
             return _LineSource(*given, **style)
 
         source: _FileSource
         if cache_dir is None:
             source = make_source()
         else:
-            found = _list_data_files(file_path, tuple(endings), filesystem)
+            found = _list_data_files(file_path, TEXT_ENDINGS, filesystem)
             source = _convert_once(
                 cache_dir, make_source, *found, [names, types, style]
             )
@@ -2044,10 +2053,9 @@ class StreamingParquetDataset(_ColumnStream):
         world_size: int | None = None,
         window_rows: int | None = None,
     ):
-        endings = (".parquet", ".pq")
         source = _ParquetSource(
             file_path,
-            endings,
+            PARQUET_ENDINGS,
             filesystem,
             columns,
             column_types,
@@ -2456,6 +2464,8 @@ def open_table(
     types = StreamingParquetDataset(
         path, on_error=on_error, rank=0, world_size=1
     ).source.types
+    if label_column not in types:
+        raise DataError(f"{path}: no column {label_column!r}, only {', '.join(types)}")
     features = number_columns(types, label_column)
     if not features:
         raise DataError(f"{path}: no column but {label_column} holds numbers")
@@ -2525,7 +2535,11 @@ def open_text_stream(
         "on_error": on_error,
     }
     rows: _ColumnStream
-    if data.endswith((".parquet", ".pq")):
+    _, files = _list_data_files(data, PARQUET_ENDINGS + TEXT_ENDINGS, None)
+    kinds = {name.endswith(PARQUET_ENDINGS) for name in files}
+    if len(kinds) > 1:
+        raise DataError(f"{data} holds Parquet and text files: choose by a glob")
+    if kinds == {True}:
         rows = StreamingParquetDataset(data, list(columns), **options)
     else:
         first, *others = columns
@@ -2738,7 +2752,7 @@ class LazyImageDataset(Dataset):
             message = f"cannot read image {path}: {error}"
             if isinstance(error, ImportError) or self.on_error == "raise":
                 raise DataError(
-                    f"{message}. Repair or remove it, or pass on_error='skip'"
+                    f"{message}. Repair or remove it, or {_SKIP_IT}"
                 ) from error
             if not self._bad[idx]:
                 self._bad[idx] = True
@@ -2784,17 +2798,20 @@ def collate_images(samples: list[Any]) -> Any:
 class TokenBudgetBatchSampler(Sampler[list[int]]):
     """Batches of texts of like length, each of at most `max_tokens` padded tokens.
 
-    Rows are shuffled, sorted by length within stretches of `stretch` rows, cut into
-    batches, and the batches shuffled. Every row comes once an epoch; global batches
-    depend on seed and epoch alone, each rank gets its slice of them. For inference
-    take shuffle=False: longest first, so that too large a budget fails at once.
+    Rows are shuffled, sorted by length within stretches of about `stretch` rows, cut
+    into batches, and the batches shuffled. Every row comes once an epoch; global
+    batches depend on seed and epoch alone, each rank gets its slice of them. With
+    shuffle=False the longest come first, so that too large a budget fails at once.
 
     Args:
         lengths: tokens of each row.
         max_tokens: rows x longest row of a global batch, over all ranks together.
+        allow_empty: a rank may get no row of a short batch, as in the evaluation of
+            few rows; `create_optimized_dataloader` makes an empty batch of that.
 
     Raises:
-        ValueError: if a row is longer than `max_tokens`, or a rank would get no row.
+        DataError: a row is longer than `max_tokens`, or a rank would get no row of a
+            batch, without `allow_empty`.
     """
 
     def __init__(
@@ -2806,29 +2823,42 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         rank: int | None = None,
         world_size: int | None = None,
         stretch: int = 8192,
+        allow_empty: bool = False,
     ):
         self.lengths = torch.as_tensor(lengths, dtype=torch.int64)
-        if len(self.lengths) and int(self.lengths.max()) > max_tokens:
-            row = int(self.lengths.argmax())
-            raise ValueError(
-                f"row {row} has {int(self.lengths[row])} tokens, more than "
-                f"{max_tokens=}: raise max_tokens or truncate the text"
-            )
         self.max_tokens, self.seed, self.shuffle = max_tokens, seed, shuffle
         self.stretch = stretch if shuffle else max(1, len(self.lengths))
+        self.allow_empty = allow_empty
         self.rank, self.world_size = _data_rank(rank, world_size)
+        if len(self.lengths):
+            self._check_budget()
         self.set_epoch(0)
+
+    def _check_budget(self) -> None:
+        row = int(self.lengths.argmax())
+        longest = max(1, int(self.lengths[row]))
+        if longest > self.max_tokens:
+            raise DataError(
+                f"sample {row} has {longest} tokens, the budget of a batch is "
+                f"{self.max_tokens}: raise the budget or truncate the text"
+            )
+        # Of the last two batches of a stretch, which share their rows, one may be half.
+        fewest = min(len(self.lengths), (self.max_tokens // longest + 1) // 2)
+        if fewest < self.world_size and not self.allow_empty:
+            raise DataError(
+                f"a batch of {fewest} samples leaves some of the {self.world_size} "
+                "ranks without one: take fewer, or a budget of "
+                f"{2 * self.world_size * longest} tokens"
+            )
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch, and the batch (counted from 0) that comes first in it."""
         self.start = start
         self.batches = self._make_batches(epoch)
-        shortest = min(map(len, self.batches), default=self.world_size)
-        if shortest < self.world_size:
-            raise ValueError(
-                f"a batch of {shortest} rows leaves some of the {self.world_size} "
-                f"ranks without a row: raise max_tokens={self.max_tokens}"
-            )
+
+    def count_batches(self, epoch: int) -> int:
+        """Batches of an epoch; of many rows it differs a little from epoch to epoch."""
+        return len(self._make_batches(epoch))
 
     def _make_batches(self, epoch: int) -> list[list[int]]:
         mixed_seed = random.Random(f"{self.seed}/{epoch}").getrandbits(63)
@@ -2840,7 +2870,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
             else torch.arange(count)
         )
         batches: list[list[int]] = []
-        for part in order.split(self.stretch):
+        for part in order.tensor_split(max(1, -(-count // self.stretch))):
             by_length = self.lengths[part].argsort(descending=True, stable=True)
             rows = part[by_length].tolist()
             lengths = self.lengths[rows].tolist()
@@ -2861,7 +2891,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         return [batches[i] for i in turns]
 
     def __len__(self) -> int:
-        """Batches of a whole epoch, wherever `set_epoch` starts."""
+        """Batches of this epoch, wherever `set_epoch` starts."""
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -2969,6 +2999,10 @@ class EpochLoader:
         """Batches of a whole epoch, wherever `set_epoch` starts."""
         return len(self.loader)
 
+    def count_steps(self, epochs: int) -> int:
+        """Batches of so many epochs together, of a TokenBudgetBatchSampler."""
+        return sum(map(self.loader.batch_sampler.count_batches, range(epochs)))
+
     def __iter__(self) -> Iterator[Any]:
         loader = self.loader
         if loader.num_workers or loader.pin_memory:
@@ -2991,6 +3025,7 @@ def make_loaders(
     num_workers: int | None,
     seed: int,
     collate_fn: Callable[[list[Any]], Any] | None = None,
+    length: Callable[[Any], int] | None = None,
 ) -> tuple[Any, Any]:
     """Batches to train on, shuffled anew each epoch, and batches to validate on.
 
@@ -3001,9 +3036,11 @@ def make_loaders(
     Args:
         train_set, val_set: with samples by index; or with a method `load(batch_size,
             device, num_workers)` that gives such a loader (StreamedRows).
-        batch_size: samples of a global batch, over all ranks together.
+        batch_size: samples of a global batch, over all ranks together; with `length`
+            the padded tokens of one, at most.
         num_workers: None chooses from the CPUs that this process may use.
         collate_fn: a list of samples -> (inputs, targets).
+        length: tokens of a sample; puts samples of like length into batches.
 
     Raises:
         DataError: there is nothing to train or to validate on, or ranks differ in it.
@@ -3013,8 +3050,7 @@ def make_loaders(
             f"{len(train_set)} samples to train on and {len(val_set)} to validate on:"
             " give more with --data, or another --val-fraction"
         )
-    streams = [x.stream for x in (train_set, val_set) if hasattr(x, "stream")]
-    orders = [stream.order_digest() for stream in streams]
+    orders = [order_digest(train_set), order_digest(val_set)]
     seen = _gather_objects([len(train_set), len(val_set), *orders])
     for rank, facts in enumerate(seen):
         if facts != seen[0]:
@@ -3028,9 +3064,13 @@ def make_loaders(
         if hasattr(samples, "load"):
             loaders.append(samples.load(batch_size, device, num_workers))
             continue
-        batches = ResumableBatchSampler(
-            len(samples), batch_size, seed, shuffle, allow_empty=not shuffle
-        )
+        batches: Any
+        options = {"seed": seed, "shuffle": shuffle, "allow_empty": not shuffle}
+        if length:
+            lengths = [length(samples[i]) for i in range(len(samples))]
+            batches = TokenBudgetBatchSampler(lengths, batch_size, **options)
+        else:
+            batches = ResumableBatchSampler(len(samples), batch_size, **options)
         loader = create_optimized_dataloader(
             samples,
             batch_size,
@@ -3239,21 +3279,29 @@ def split_samples(
     return Subset(samples, order[val_count:]), Subset(samples, order[:val_count])
 
 
-def describe_skipped(samples: Any, most: int = 10) -> str:
+def describe_skipped(samples: Any, path: Path | None = None, most: int = 10) -> str:
     """What on_error="skip" has left out on any rank so far, in lines; often "".
 
     Args:
         samples: with a list `skipped`, or a Subset of such samples.
+        path: a file to name all of it in, if there is any.
         most: that are named, each in a line.
     """
     skipped = getattr(getattr(samples, "dataset", samples), "skipped", [])
     skipped = list(dict.fromkeys(itertools.chain(*_gather_objects(skipped))))
     if not skipped:
         return ""
-    lines = [f"\n{len(skipped)} left out, as on_error='skip' asks:", *skipped[:most]]
+    lines = [f"\n{len(skipped)} left out, which cannot be read:", *skipped[:most]]
+    if path and _data_rank(None, None)[0] == 0:
+        path.write_text("\n".join(skipped) + "\n", encoding="utf-8")
     if len(skipped) > most:
-        lines.append(f"and {len(skipped) - most} more")
+        lines.append(f"and {len(skipped) - most} more{f', see {path}' if path else ''}")
     return "\n  ".join(lines)
+
+
+def order_digest(samples: Any) -> str:
+    """What the order of streamed rows is hashed to; "" where no stream decides it."""
+    return samples.stream.order_digest() if hasattr(samples, "stream") else ""
 
 
 def move_batch(batch: Any, device: torch.device) -> Any:

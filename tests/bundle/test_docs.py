@@ -51,6 +51,7 @@ NAMES = {
     "deterministic": ["set_seed"],
     "distributed": ["wrap_ddp", "shard_model", "RankStateSaver", "ShardedStateSaver"],
     "stream": ["StreamingTextDataset", "StreamingParquetDataset"],
+    "token_budget": ["TokenBudgetBatchSampler"],
     "profile": ["StepProfiler"],
     "logger": ["TensorBoardLogger", "WandbLogger", "TrackioLogger"],
     "plot": ["plot_run"],

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from pyarrow import parquet
 
 from .scripts import data_words, run, write_image_data, write_script, write_text_data
 
@@ -143,7 +144,7 @@ def test_other_kinds_of_files_give_the_same_as_csv(kind, tmp_path):
 
 def left_out(output: str, count: int, *names: str) -> None:
     """Check that a run counts and names what it has left out when it ends."""
-    _, found, tail = output.rpartition(f"{count} left out, as on_error='skip' asks:\n")
+    _, found, tail = output.rpartition(f"{count} left out, which cannot be read:\n")
     assert found, output
     lines = list(itertools.takewhile(lambda x: x[:2] == "  ", tail.splitlines()))
     assert len(lines) == count
@@ -170,12 +171,32 @@ def test_on_error_skip_trains_on_the_rest_and_names_what_it_left_out(task, tmp_p
     damaged.write_bytes(raw[:middle] + b"\xff" * 20 + raw[middle + 20 :])
     line = refusal(script, *words, "--out-dir=unused")
     assert str(torn) in line
-    assert "on_error='skip'" in line
+    assert "--on-error skip" in line
     output = run(script, *words, "--on-error=skip", "--out-dir=rest")
     left_out(output, 2, str(torn), str(damaged))
+    assert len((tmp_path / "rest/left_out.txt").read_text().splitlines()) == 2
+    assert output.count("samples to train on") == 1
     assert output.count("2 left out") == 2  # before and after the training
     logs = [(tmp_path / out / "metrics.jsonl").read_text() for out in ("whole", "rest")]
     assert logs[0] == logs[1]
+
+
+def test_a_run_does_not_go_on_with_other_rows(tmp_path):
+    """As many as before: another row group cannot be read now."""
+    script = write_script(tmp_path, "--task=tabular", "--resume")
+    words = [*data_words("tabular", tmp_path), "--on-error=skip", "--out-dir=run"]
+    table = parquet.read_table(words[1])
+    for bad in (1, 2):
+        parquet.write_table(table, words[1], row_group_size=30, compression="none")
+        group = parquet.ParquetFile(words[1]).metadata.row_group(bad)
+        raw = bytearray(Path(words[1]).read_bytes())
+        start = group.column(0).dictionary_page_offset
+        raw[start : start + 20] = b"\xff" * 20
+        Path(words[1]).write_bytes(raw)
+        if bad == 1:
+            output = run(script, *words)
+            left_out(output, 1, f"{words[1]}, row group 1")
+    assert "order was" in refusal(script, *words)
 
 
 @pytest.mark.parametrize("ranks", [0, 2])

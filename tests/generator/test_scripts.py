@@ -45,6 +45,7 @@ VALUES |= {
     for name, s in SECTIONS.items()
 }
 VALUES |= {"ema": [None, "--ema=0.9"], "split": [None, "--split"]}
+VALUES |= {"token_budget": [None, "--token-budget=512"]}
 # What needs an account or a server is run with a stand-in in test_loggers.py.
 RUN_VALUES = VALUES | {"logger": [None, "--logger=tensorboard"]}
 CHANGES_RESULT = (
@@ -56,6 +57,7 @@ CHANGES_RESULT = (
     "ema",
     "distributed",
     "stream",
+    "token_budget",
 )
 
 
@@ -126,6 +128,9 @@ def run_and_read(folder: Path, flags: dict[str, str | None]) -> tuple[str, dict]
     task = flags["task"].removeprefix("--task=")
     script = write_script(folder, *filter(None, flags.values()))
     words = [*data_words(task, folder), "--out-dir=run"]
+    if flags.get("token_budget"):
+        at = words.index("--batch-size")
+        del words[at : at + 2]
     # Compiled code is tested on its own: here it would take most of the time.
     ranks = 2 if flags.get("distributed") else 0
     output = run(script, *words, ranks=ranks, TORCHDYNAMO_DISABLE="1")
@@ -181,7 +186,9 @@ def some_rows(count: int) -> list[dict[str, str | None]]:
             }
             rows.append({"task": task} | row)
         everything = {n: flags[-1] for n, flags in VALUES.items()} | {"task": task}
-        rows += [everything | {name: None} for name in SECTIONS]
+        most = everything | dict.fromkeys(("accumulate", "oom_recovery", "stream"))
+        rows += [everything | dict.fromkeys((n, "token_budget")) for n in SECTIONS]
+        rows += [most | {name: None} for name in SECTIONS]
     while count:
         row = {name: dice.choice(flags) for name, flags in VALUES.items()}
         if is_legal(list(row.items())):

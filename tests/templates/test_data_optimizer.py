@@ -351,7 +351,11 @@ def test_normalize_images_matches_the_formula():
 def test_token_budget_holds_and_every_row_comes_once(world_size, shuffle):
     lengths = torch.randint(0, 100, (3000,), generator=torch.Generator().manual_seed(0))
     whole = TokenBudgetBatchSampler(lengths, 800, shuffle=shuffle, stretch=500)
+    counts = [whole.count_batches(epoch) for epoch in range(4)]
+    assert (len(set(counts)) > 1) == shuffle
+    assert len(whole) == counts[0]
     whole.set_epoch(2)
+    assert len(whole) == counts[2]
     ranks = []
     for rank in range(world_size):
         sampler = TokenBudgetBatchSampler(
@@ -377,10 +381,12 @@ def test_token_budget_holds_and_every_row_comes_once(world_size, shuffle):
 
 
 def test_token_budget_refuses_what_it_cannot_hold():
-    with pytest.raises(ValueError, match="row 1 has 9 tokens"):
+    with pytest.raises(DataError, match="sample 1 has 9 tokens"):
         TokenBudgetBatchSampler([1, 9], 8)
-    with pytest.raises(ValueError, match="raise max_tokens=9"):
+    with pytest.raises(DataError, match="a budget of 36 tokens"):
         TokenBudgetBatchSampler([9, 9], 9, rank=0, world_size=2)
+    few = {"rank": 0, "world_size": 2, "allow_empty": True}
+    assert list(TokenBudgetBatchSampler([9], 9, **few)) == [[]]
     assert list(TokenBudgetBatchSampler([], 8)) == []
 
 

@@ -725,7 +725,9 @@ def test_without_the_unreadable_all_batches_are_whole(tmp_path, shards, workers)
     assert data.skipped == said
     unskipped = stream(files[2:])
     unskipped.drop_unreadable()  # nothing to do
-    with pytest.raises(DataError, match=r"no readable rows: .*all\.parquet"):
+    with pytest.raises(
+        DataError, match=r"no rows can be read, such as: .*all\.parquet"
+    ):
         stream([all_broken(shards, tmp_path)], on_error="skip").drop_unreadable()
 
 
@@ -750,6 +752,27 @@ def test_rows_without_a_file_that_cannot_be_read_are_those_of_the_others(
     state = StreamBatchLoader(with_bad, 64).state_dict()
     with pytest.raises(DataError, match="another order"):
         StreamBatchLoader(stream([*good, bad]), 64).load_state_dict(state)
+
+
+def test_damage_that_only_checksums_show_is_found(tmp_path):
+    path = tmp_path / "a.parquet"
+    values = np.random.default_rng(0).random(10_000)
+    options = {"compression": "none", "use_dictionary": False}
+    pq.write_table(pa.table({"x": values}), path, **options, write_page_checksum=True)
+    corrupt(path, path)
+    with pytest.raises(DataError, match=r"a\.parquet, row group 0.*CRC"):
+        list(StreamBatchLoader(stream(path), 64))
+
+
+def test_texts_of_a_folder_of_parquet_are_streamed(tmp_path):
+    write(tmp_path / "a.parquet", text=["one"], label=["x"])
+    rows = open_text_stream(str(tmp_path), ("text", "label"), 0)
+    assert [row["text"] for row in rows] == ["one"]
+    (tmp_path / "t.csv").write_text("text,label\ntwo,y\n")
+    with pytest.raises(DataError, match="Parquet and text files: choose by a glob"):
+        open_text_stream(str(tmp_path), ("text", "label"), 0)
+    glob = str(tmp_path / "*.csv")
+    assert list(open_text_stream(glob, ("text", "label"), 0)) == ["two"]
 
 
 def test_a_file_that_is_written_anew_is_noticed(tmp_path):

@@ -21,6 +21,7 @@ from templates.inference import (
     read_safetensors,
     stream_features,
     stream_texts,
+    tokenize_each,
     write_predictions,
     write_vectors,
 )
@@ -171,6 +172,40 @@ def test_sorting_cuts_the_padding():
     list(predict_in_order(lengths, predict, 32, length=lambda n: n))
     assert padded(batches) < 1.05 * sum(lengths)
     assert as_they_come > 2 * padded(batches)
+
+
+def test_batches_that_grow_are_padded_to_the_size_of_the_first():
+    dice = random.Random(0)
+    samples = [(i, dice.randint(0, 64)) for i in range(1000)]
+    seen = []
+
+    def predict(batches):
+        for batch in batches:
+            seen.append([length for _, length in batch])
+            yield [number for number, _ in batch]
+
+    found = predict_in_order(samples, predict, 8, lambda s: s[1], 400, grow=True)
+    assert list(found) == list(range(1000))
+    assert sorted(n for batch in seen for n in batch) == sorted(n for _, n in samples)
+    padded = [len(batch) * max(batch) for batch in seen]
+    assert max(padded) <= 8 * 64
+    assert len(seen[0]) == 8 < max(map(len, seen))
+    assert sum(map(len, seen)) / len(seen) > 12
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_texts_are_tokenized_together_and_lose_their_padding(side):
+    calls = []
+
+    def tokenize(texts):
+        calls.append(len(texts))
+        rows = [torch.tensor([len(word) for word in t.split()]) for t in texts]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
+
+    texts = ["a bb", "", "ccc a a a", "bb"]
+    found = [t.tolist() for t in tokenize_each(texts, tokenize, 0, window=3)]
+    assert found == [[1, 2], [0], [3, 1, 1, 1], [2]]
+    assert calls == [3, 1]
 
 
 def test_predictions_appear_when_complete(tmp_path):

@@ -118,6 +118,22 @@ def test_other_numbers_of_ranks_and_bad_launches_are_one_line(tmp_path):
     assert "Traceback" not in output
 
 
+def test_batches_of_like_length_are_the_same_on_two_ranks(tmp_path):
+    """Of 512 padded tokens; the samples of a batch, and so its loss, stay the same."""
+    flags = ("--token-budget=512", "--clip=0.1", "--resume")
+    words = data_words("text", tmp_path)
+    at = words.index("--batch-size")
+    del words[at : at + 2]
+    one = write_script(tmp_path, *flags, name="one.py", edits=EXACT["text"])
+    run(one, *words, "--out-dir=one")
+    flags += ("--distributed=ddp",)
+    two = write_script(tmp_path, *flags, name="two.py", edits=EXACT["text"])
+    run(two, *words, "--out-dir=two", ranks=2)
+    assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"))
+    output = run(two, *words, "--token-budget=64", "--out-dir=bad", ranks=2, expect=1)
+    assert "ranks without one" in output
+
+
 OTHER_DATA = """
 import os
 make = script.build_datasets

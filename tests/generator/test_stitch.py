@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MOST_ON = {
     name: section.choices[-1] if section.choices else ("2" if section.number else None)
     for name, section in SECTIONS.items()
-    if name not in ("stream", "oom_recovery")  # which do not go with every task
+    # Without what does not go with every task.
+    if name not in ("stream", "token_budget", "oom_recovery")
 } | {"ema": "0.9", "optimizer": "muon"}
 
 

@@ -278,7 +278,8 @@ SAMPLES_LOST = edit(
 HELD_IN_MEMORY = edit(
     "train.py",
     (
-        "    return open_table(path, label_column, objective, val_fraction, seed)\n",
+        "    return open_table(path, label_column, objective, val_fraction, "
+        "seed, on_error)\n",
         """    from pyarrow import parquet
 
     table = parquet.read_table(path)

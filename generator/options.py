@@ -338,7 +338,7 @@ SECTIONS = {
         ),
         Section(
             "token_budget",
-            "batches of texts of like length, of at most N (2048) padded tokens",
+            "texts of like length in batches of at most N (2048) padded tokens",
             "batches of texts of like length",
             number=int,
             bounds=(1, 1_000_000_000),
@@ -578,7 +578,7 @@ CONFLICTS = (
     ),
     Conflict("--token-budget", "--stream", "a stream has its own order: leave one out"),
     *(
-        Conflict("--token-budget", flag, "lower N instead, batches differ in samples")
+        Conflict("--token-budget", flag, "lower the token budget instead")
         for flag in ("--accumulate", "--oom-recovery")
     ),
     *(

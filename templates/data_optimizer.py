@@ -2835,11 +2835,10 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         self.set_epoch(0)
 
     def _check_budget(self) -> None:
-        row = int(self.lengths.argmax())
-        longest = max(1, int(self.lengths[row]))
+        longest = max(1, int(self.lengths.max()))
         if longest > self.max_tokens:
             raise DataError(
-                f"sample {row} has {longest} tokens, the budget of a batch is "
+                f"the longest sample has {longest} tokens, the budget of a batch is "
                 f"{self.max_tokens}: raise the budget or truncate the text"
             )
         # Of the last two batches of a stretch, which share their rows, one may be half.
@@ -2847,7 +2846,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         if fewest < self.world_size and not self.allow_empty:
             raise DataError(
                 f"a batch of {fewest} samples leaves some of the {self.world_size} "
-                "ranks without one: take fewer, or a budget of "
+                "ranks without one: take fewer ranks, or a budget of "
                 f"{2 * self.world_size * longest} tokens"
             )
 

@@ -211,13 +211,18 @@ def forker() -> subprocess.Popen:
     )
 
 
-def run_forked(command: list[str], folder: Path) -> tuple[int, str]:
+def run_forked(command: list[str], folder: Path, **extra: str) -> tuple[int, str]:
     """Exit code and output of `python command`, in a process that has torch already."""
     with tempfile.TemporaryDirectory() as temporary:
         output = [Path(temporary, name) for name in ("stdout", "stderr")]
-        job = {"command": command, "folder": str(folder), "environment": environment()}
+        job = {
+            "command": command,
+            "folder": str(folder),
+            "environment": environment(**extra),
+            "output": [*map(str, output)],
+        }
         process = forker()
-        print(json.dumps({**job, "output": [*map(str, output)]}), file=process.stdin)
+        print(json.dumps(job), file=process.stdin)
         process.stdin.flush()
         code = int(process.stdout.readline())
         return code, "".join(path.read_text() for path in output)

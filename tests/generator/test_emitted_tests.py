@@ -328,6 +328,12 @@ def test_only_what_the_script_has_is_tested(flags, tmp_path):
     assert found == (IN_PROCESS | PROCESSES) - absent
 
 
+def test_they_fit_batches_of_like_length(tmp_path):
+    flags = ("--tests", "--token-budget", "--resume", "--distributed=ddp")
+    write_tested(tmp_path, "text", *flags)
+    assert not run_tests(tmp_path, PROCESSES - {"test_bad_data"})
+
+
 @pytest.mark.parametrize("runner", [["test_train.py"], ["-m", "pytest", "-q"]])
 def test_one_command_runs_them(runner, text):
     """As a script and by pytest; all of them, processes too, within two minutes."""

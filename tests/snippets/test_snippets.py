@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.generator.scripts import run_forked
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "snippets"
 PATHS = sorted(FOLDER.glob("*.py"))
@@ -184,7 +186,6 @@ def test_snippet_proves_itself_on_a_gpu(path, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, to import torch only once")
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "distributed"])
 def test_broken_idiom_does_not_pass(name, tmp_path):
     survivors = []
@@ -193,31 +194,10 @@ def test_broken_idiom_does_not_pass(name, tmp_path):
         assert text.count(old) >= 1, f"{name}: {old!r} is not there"
         broken = tmp_path / f"{name}_{number}.py"
         broken.write_text(text.replace(old, new, 1), encoding="utf-8")
-        if run_forked(broken) == 0:
+        code, _ = run_forked([str(broken)], tmp_path, CUDA_VISIBLE_DEVICES="")
+        if code == 0:
             survivors.append(old)
     assert not survivors
-
-
-def run_forked(path: Path) -> int:
-    """Exit status of a script, run in a child that has torch imported already."""
-    import runpy
-
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            os.dup2(null, 2)
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
-            sys.argv = [str(path)]
-            runpy.run_path(str(path), run_name="__main__")
-            status = 0
-        except SystemExit as end:
-            status = int(bool(end.code))
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.slow

@@ -381,7 +381,7 @@ def test_token_budget_holds_and_every_row_comes_once(world_size, shuffle):
 
 
 def test_token_budget_refuses_what_it_cannot_hold():
-    with pytest.raises(DataError, match="sample 1 has 9 tokens"):
+    with pytest.raises(DataError, match="longest sample has 9 tokens"):
         TokenBudgetBatchSampler([1, 9], 8)
     with pytest.raises(DataError, match="a budget of 36 tokens"):
         TokenBudgetBatchSampler([9, 9], 9, rank=0, world_size=2)

@@ -199,7 +199,7 @@ def test_a_run_does_not_go_on_with_other_rows(tmp_path):
     assert "order was" in refusal(script, *words)
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_on_error_skip_names_images_of_all_ranks(ranks, tmp_path):
     kind = ["--distributed=ddp"] if ranks else []
     script = write_script(tmp_path, "--task=image", *kind)

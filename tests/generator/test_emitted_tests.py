@@ -329,9 +329,15 @@ def test_only_what_the_script_has_is_tested(flags, tmp_path):
 
 
 def test_they_fit_batches_of_like_length(tmp_path):
-    flags = ("--tests", "--token-budget", "--resume", "--distributed=ddp")
+    write_tested(tmp_path, "text", "--tests", "--token-budget", "--resume")
+    assert not run_tests(tmp_path, {"test_kill_and_resume"})
+
+
+@pytest.mark.slow
+def test_they_fit_batches_of_like_length_on_two_ranks(tmp_path):
+    flags = ("--tests", "--token-budget", "--distributed=ddp")
     write_tested(tmp_path, "text", *flags)
-    assert not run_tests(tmp_path, PROCESSES - {"test_bad_data"})
+    assert not run_tests(tmp_path, {"test_two_ranks"})
 
 
 @pytest.mark.parametrize("runner", [["test_train.py"], ["-m", "pytest", "-q"]])

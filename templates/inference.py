@@ -487,12 +487,13 @@ def predict_in_order(
     while block := list(itertools.islice(samples, window)):
         lengths = [length(sample) for sample in block]
         order = sorted(range(len(block)), key=lengths.__getitem__, reverse=True)
-        batches, size = [], batch_size
-        while order:
-            if grow:
-                size = batch_size * max(lengths) // max(1, lengths[order[0]])
-            batches.append(order[:size])
-            order = order[size:]
+        budget = batch_size * max(1, lengths[order[0]])
+        batches, first = [], 0
+        while first < len(order):
+            longest = max(1, lengths[order[first]])
+            size = budget // longest if grow else batch_size
+            batches.append(order[first : first + size])
+            first += size
         results: list[Any] = [None] * len(block)
         outputs = predict_batches([block[row] for row in rows] for rows in batches)
         for rows, output in zip(batches, outputs, strict=True):

@@ -191,6 +191,8 @@ def test_batches_that_grow_are_padded_to_the_size_of_the_first():
     assert max(padded) <= 8 * 64
     assert len(seen[0]) == 8 < max(map(len, seen))
     assert sum(map(len, seen)) / len(seen) > 12
+    nothing = predict_in_order([0] * 5, iter, 2, lambda n: n, grow=True)
+    assert list(nothing) == [0] * 5
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shlex
 import sys
 import textwrap
@@ -29,7 +30,7 @@ from .options import (
     preset_sections,
     suggest,
 )
-from .stitch import Library
+from .stitch import GLUE, Library
 
 WOULD_OVERWRITE = 3
 ANSWERS = ("task", "model", "set", "output", "split", *SECTIONS)  # what makes a script
@@ -135,7 +136,7 @@ def run(words: Sequence[str]) -> None:
     parsed, unknown = parser.parse_known_args(words)
     options = vars(parsed)
     known = [word for action in parser._actions for word in action.option_strings]
-    problems = [suggest(word, known) for word in unknown]
+    problems = explain_unknown(unknown, known)
     given = {"--" + name.replace("_", "-") for name in options}
     given |= {"-o", f"-o {options['output']}"} if "output" in options else set()
 
@@ -161,6 +162,37 @@ def run(words: Sequence[str]) -> None:
         if request is None or problems:
             raise RequestError(problems + more)
         write_script(request, "force" in options, as_json, options.get("save"))
+
+
+def explain_unknown(words: Sequence[str], known: Sequence[str]) -> list[str]:
+    """What is wrong with words that are no options; a script's settings have remedies.
+
+    Args:
+        words: as argparse leaves them, with values behind the options.
+        known: options.
+    """
+    groups: list[list[str]] = []
+    for word in words:
+        if groups and not word.startswith("-"):
+            groups[-1].append(word)
+        else:
+            groups.append([word])
+    source = (GLUE / "config.py.j2").read_text(encoding="utf-8")
+    settings = re.findall(r"^    (\w+):", source, re.MULTILINE)
+    settings += [name for task in TASKS.values() for name in task.setting_names]
+    problems = []
+    for option, *values in groups:
+        name, _, value = option.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if option.startswith("--") and name in settings:
+            default = f"--set {name}={value or ' '.join(values) or 'true'}"
+            problems.append(
+                f"{' '.join([option, *values])} is for the script: pass it there, or"
+                f" give the script another default with {default}"
+            )
+        else:
+            problems.append(suggest(option, known))
+    return problems
 
 
 def collect_answers(

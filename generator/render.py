@@ -6,13 +6,14 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from . import __version__
 from .options import SECTIONS, Request
 from .stitch import (
+    GLUE,
     LINE_LENGTH,
     Library,
     Script,
@@ -20,8 +21,6 @@ from .stitch import (
     stitch_definitions,
     stitch_script,
 )
-
-GLUE = Path(__file__).resolve().parent / "glue"
 
 
 def fit(head: str, items: Iterable[str], tail: str, is_call: bool = True) -> str:

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 
-TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
+GLUE = Path(__file__).resolve().parent / "glue"
+TEMPLATES = GLUE.parent.parent / "templates"
 
 # The order of the tools in a script.
 MODULE_ORDER = (

@@ -84,6 +84,23 @@ def test_split_writes_both_files_or_neither():
     assert "def parse_config" in Path("train_tools.py").read_text()
 
 
+def test_settings_of_the_script_are_told_apart_from_options(capsys):
+    assert main(["--epochs", "5", "--cpu", "--amp", "--batch-size=8", "7", "--x"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(" is for")[0] for line in said] == [
+        "error: --epochs 5",
+        "error: --cpu",
+        "error: --batch-size=8 7",
+        "error: unknown option --x: --list shows what there is",
+    ]
+    assert [line.split("default with ")[1] for line in said[:3]] == [
+        "--set epochs=5",
+        "--set cpu=true",
+        "--set batch_size=8",
+    ]
+    assert not list(Path().iterdir())
+
+
 def test_all_that_is_wrong_is_said_at_once(capsys):
     words = ["--ampp", "--checkpointing=ful", "--accumulate=x", "--clip=0"]
     assert main([*words, "--task", "txt", "--split", "-o", "-"]) == 2

@@ -289,10 +289,12 @@ def test_takes_less_than_three_times_the_import_of_jinja2():
         return sum(after[:2]) - sum(before[:2])  # user and system time
 
     ours, theirs = [], []
-    for _ in range(9):  # interleaved, the quietest of each: what else runs only adds
+    for count in range(1, 41):  # interleaved; what else runs can only add to the least
         theirs.append(cpu_seconds("-c", "import jinja2"))
         ours.append(cpu_seconds(str(ROOT / "generator"), "--amp", "-o", "-"))
-    assert min(ours) < 3 * min(theirs)
+        if count >= 5 and min(ours) < 3 * min(theirs):
+            return
+    raise AssertionError((min(ours), min(theirs)))
 
 
 def test_unwritable_folder_is_a_clear_error(capsys):

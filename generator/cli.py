@@ -298,12 +298,15 @@ def write_script(
     if answers_path:
         save_answers(request, answers_path, force)
     folder, name = os.path.split(request.output)
-    run_command = f"python {shlex.quote(name)}"
-    if folder:
-        run_command = f"cd {shlex.quote(folder)} && {run_command}"
+    enter = f"cd {shlex.quote(folder)} && " if folder else ""
+    run_command, launch = (
+        f"{enter}{program} {shlex.quote(name)}"
+        for program in ("python", "torchrun --nproc-per-node=8")
+    )
     report = {
         "files": {file: text.count("\n") for file, text in files.items()},
         "run": "" if request.output == "-" else run_command,
+        "launch": launch if "distributed" in request.sections else "",
         "packages": list(request.task.packages),
         "packages_for_own_data": list(request.task.own_packages),
         "own_data": f"--data takes {request.task.own_data}",
@@ -319,6 +322,8 @@ def write_script(
         own = " ".join(request.task.own_packages)
         print(f"needs: {packages}; for --data: {own}", file=sys.stderr)
         print(f"run:   {run_command}", file=sys.stderr)
+        if report["launch"]:
+            print(f"or:    {report['launch']}  # 8: the GPUs", file=sys.stderr)
 
 
 def extract(options: dict[str, Any]) -> None:

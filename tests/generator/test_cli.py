@@ -48,12 +48,20 @@ def test_writes_train_py_and_says_what_to_run_next(capsys):
     compile(Path("train.py").read_text(), "train.py", "exec")
 
 
+def test_says_how_several_processes_are_started(capsys):
+    assert main(["--distributed=ddp", "-o", "python 1/my run.py"]) == 0
+    launch = "torchrun --nproc-per-node=8 'my run.py'"
+    assert f"or:    cd 'python 1' && {launch}  #" in capsys.readouterr().err
+    assert f"    {launch}  #" in Path("python 1/my run.py").read_text()
+
+
 def test_json_says_the_same(capsys):
     assert main(["--task", "image", "--json", "-o", "sub/my run.py"]) == 0
     report = json.loads(capsys.readouterr().out)
     lines = Path("sub/my run.py").read_text().count("\n")
     assert report["files"] == {"sub/my run.py": lines}
     assert report["run"] == "cd sub && python 'my run.py'"
+    assert report["launch"] == ""
     assert "scikit-learn" in report["packages"]
     assert report["command"] == "generate-script --task image -o 'sub/my run.py'"
 

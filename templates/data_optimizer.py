@@ -333,6 +333,19 @@ def _list_data_files(
     return filesystem, files
 
 
+def _read_arrow_type(pa: Any, name: str, kind: Any) -> Any:
+    """Return the Arrow type that column_types gives a column, perhaps by its name."""
+    if not isinstance(kind, str):
+        return kind
+    try:
+        return pa.type_for_alias(kind)
+    except ValueError:
+        raise DataError(
+            f"column_types: {kind!r} of column {name!r} names no type: give one of "
+            "pyarrow, such as pa.float32() or pa.list_(pa.float32(), 384)"
+        ) from None
+
+
 def _tensor_type(pa: Any, kind: Any) -> Any:
     """Return the Arrow type under which a column goes into a batch; None: refused.
 
@@ -353,13 +366,12 @@ def _tensor_type(pa: Any, kind: Any) -> Any:
         return kind if _tensor_type(pa, kind.value_type) is not None else None
     if (
         types.is_string(kind)
-        or types.is_large_string(kind)
         or types.is_binary(kind)
         or types.is_large_binary(kind)
         or types.is_fixed_size_binary(kind)
     ):
         return kind
-    if types.is_null(kind) or types.is_string_view(kind):
+    if types.is_null(kind) or types.is_large_string(kind) or types.is_string_view(kind):
         return pa.string()
     if types.is_decimal(kind):
         return pa.float64()
@@ -379,6 +391,7 @@ class _BlockSource(abc.ABC):
         block_file: (blocks,) number of its file in `files`.
         first_file: that the types are from.
         types: column name -> Arrow type of the file (or as column_types asks).
+        chosen_by: what decides beside the files which rows there are.
         row_bytes: rough size of a row, to bound windows by memory.
         together: how many large blocks to read side by side.
         on_error: "raise" or "skip", for what cannot be read.
@@ -390,6 +403,7 @@ class _BlockSource(abc.ABC):
     block_file: Any
     first_file: str
     types: dict[str, Any]
+    chosen_by: tuple[str, ...] = ()
     row_bytes: int
     together: int
     on_error: str
@@ -431,7 +445,7 @@ class _FileSource(_BlockSource):
         self.files = list(self.below)
         self.wanted, self.on_error = columns, on_error
         self.given_types = {
-            name: pa.type_for_alias(kind) if isinstance(kind, str) else kind
+            name: _read_arrow_type(pa, name, kind)
             for name, kind in (column_types or {}).items()
         }
         self.types, self.skipped, self.first_file = {}, [], ""
@@ -439,7 +453,11 @@ class _FileSource(_BlockSource):
         size = 0
         # Footers of many remote files arrive together; 16 requests are polite.
         with ThreadPoolExecutor(16) as pool:
-            for number, found in enumerate(pool.map(self._try_index, self.files)):
+            indexed = pool.map(self._try_index, self.files)
+            if on_error == "skip":
+                indexed = list(indexed)
+                self._take_commonest_schema(indexed)
+            for number, found in enumerate(indexed):
                 if isinstance(found, Exception):
                     if on_error == "raise":
                         raise found
@@ -451,10 +469,14 @@ class _FileSource(_BlockSource):
                 except DataError as error:
                     if on_error == "raise":
                         raise
-                    self.skipped.append(f"{error} (the whole file)")
+                    self.skipped.append(f"{error} (the whole file, {sum(rows)} rows)")
                     continue
                 blocks += [(number, r, k) for r, k in zip(rows, keys, strict=True)]
                 size += nbytes
+        self.types = {
+            name: pa.string() if pa.types.is_null(kind) else kind
+            for name, kind in self.types.items()
+        }
         if not self.first_file:
             raise DataError(
                 f"none of {len(self.files)} files can be read, such as: "
@@ -466,12 +488,40 @@ class _FileSource(_BlockSource):
         self.row_bytes = max(1, size // max(1, int(self.block_rows.sum())))
 
     def _try_index(self, file: str) -> Any:
+        pa = _import_data_package("pyarrow", "pyarrow")
         try:
             return self._index_file(file)
         except DataError as error:
             return error
-        except (OSError, ValueError) as error:  # Arrow's errors are of these two
+        except (OSError, ValueError, pa.ArrowException) as error:
             return self._unreadable(file, error)
+
+    def _take_commonest_schema(self, indexed: list[Any]) -> None:
+        """Take the columns from a file that is like most, as the odd ones are left out.
+
+        Args:
+            indexed: of each file what `_index_file` returns, or an error.
+        """
+        pa = _import_data_package("pyarrow", "pyarrow")
+
+        def describe(schema: Any) -> str:
+            names = schema.names if self.wanted is None else self.wanted
+            kinds = {
+                name: schema.field(name).type for name in names if name in schema.names
+            }
+            return repr({name: _tensor_type(pa, k) or k for name, k in kinds.items()})
+
+        schemas = {
+            file: found[0]
+            for file, found in zip(self.files, indexed, strict=True)
+            if not isinstance(found, Exception)
+        }
+        counts = collections.Counter(map(describe, schemas.values()))
+        for file, schema in schemas.items():
+            if describe(schema) == counts.most_common(1)[0][0]:
+                with contextlib.suppress(DataError):  # it is said of each file
+                    self._check_schema(file, schema)
+                return
 
     def _unreadable(self, what: str, error: Exception) -> DataError:
         """Say what cannot be read, why, and what helps unless it is skipped."""
@@ -481,7 +531,12 @@ class _FileSource(_BlockSource):
             return DataError(text)
         remedy = "Repair or remove it"
         if "FieldRef" in cause:
-            remedy = "Check the names of columns in filters"
+            return DataError(
+                f"{text}. Check the names of columns in filters; `key=value` folders "
+                "are columns below the folder or glob that was given"
+            )
+        if "no kernel matching" in cause:
+            remedy = "Compare its columns with values of their types in filters"
         elif re.search("utf-?8", cause, re.IGNORECASE):
             remedy = "Pass the encoding that it has (such as 'cp1252'), repair it"
         return DataError(f"{text}. {remedy}, or {_SKIP_IT}")
@@ -513,24 +568,25 @@ class _FileSource(_BlockSource):
             for name in self.types or wanted
         }
         if not self.first_file:
-            self.types = {
-                name: pa.string() if pa.types.is_null(kind) else kind
-                for name, kind in kinds.items()
-            }
-            self.first_file = file
+            self.types, self.first_file = kinds, file
         for name, known in self.types.items():
             kind = kinds[name]
+            if pa.types.is_null(known):  # no row of the files before has a value
+                self.types[name] = kind if self.typed else pa.string()
+                continue
             types = _tensor_type(pa, kind) or kind, _tensor_type(pa, known) or known
             if self.typed and types[0] != types[1] and not pa.types.is_null(kind):
                 raise DataError(
                     f"column {name!r} is {known} in {self.first_file} but {kind} in "
-                    f"{file}: pass column_types={{{name!r}: ...}}"
+                    f"{file}: pass column_types with one type for both, such as "
+                    f"{{{name!r}: {str(known)!r}}}"
                 )
 
     def read(
         self, block: int, batch_rows: int, convert: Callable[[str, str, Any], Any]
     ) -> Iterator[tuple[int, list[Any]]]:
         """Yield (rows, converted arrays in the order of `types`) of a block."""
+        pa = _import_data_package("pyarrow", "pyarrow")
         file = self.files[self.block_file[block]]
         left = int(self.block_rows[block])
         try:
@@ -542,7 +598,7 @@ class _FileSource(_BlockSource):
                 yield batch.num_rows, arrays
         except DataError:
             raise
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise self._unreadable(self._describe(block), error) from error
         self._check_rows(file, left)
 
@@ -561,9 +617,19 @@ class _ParquetSource(_FileSource):
     def __init__(self, *args: Any, filters: Any = None):
         if isinstance(filters, list | tuple):
             pq = _import_data_package("pyarrow.parquet", "pyarrow")
-            filters = pq.filters_to_expression(filters)
+            one = bool(filters) and isinstance(filters[0], str)
+            filters = pq.filters_to_expression([filters] if one else filters)
         self.filters = filters
+        self.filter_columns: list[str] = []
         super().__init__(*args)
+        if filters is not None:
+            self.filter_columns = self._find_filter_columns()
+            self.chosen_by = (str(filters),)
+        if filters is not None and not self.block_rows.any():
+            raise DataError(
+                f"no row of {len(self.files)} files passes the filters {filters}: "
+                "check their values"
+            )
         # Arrow holds a page of each column of each open row group, 1 MB by default:
         # three row groups of 16 columns are 48 MB, and leave the cache alone as well.
         chunk = self.row_bytes * int(self.block_rows.max(initial=0)) // len(self.types)
@@ -578,7 +644,11 @@ class _ParquetSource(_FileSource):
             if equals and key:
                 value = urllib.parse.unquote(value)
                 values[key] = (
-                    int(value) if re.fullmatch(r"-?\d{1,18}", value) else value
+                    None
+                    if value == "__HIVE_DEFAULT_PARTITION__"
+                    else int(value)
+                    if re.fullmatch(r"-?\d{1,18}", value)
+                    else value
                 )
         return values
 
@@ -592,13 +662,18 @@ class _ParquetSource(_FileSource):
         options["page_checksum_verification"] = True  # where there are any
         return pq.ParquetFile(file, filesystem=self.filesystem, **options)
 
-    def _index_file(self, file: str) -> tuple[Any, list[int], list[Any], int]:
+    def _read_footer(self, file: str) -> tuple[Any, Any]:
+        """Return a file's schema, with the columns of its folders, and its metadata."""
         pa = _import_data_package("pyarrow", "pyarrow")
         with self._open(file) as opened:
             schema, meta = opened.schema_arrow, opened.metadata
         for name, value in self._hive_values(file).items():
             if name not in schema.names:
                 schema = schema.append(pa.field(name, pa.scalar(value).type))
+        return schema, meta
+
+    def _index_file(self, file: str) -> tuple[Any, list[int], list[Any], int]:
+        schema, meta = self._read_footer(file)
         groups = [meta.row_group(g) for g in range(meta.num_row_groups)]
         keys = list(range(len(groups)))
         rows = [group.num_rows for group in groups]
@@ -620,7 +695,8 @@ class _ParquetSource(_FileSource):
         ds = _import_data_package("pyarrow.dataset", "pyarrow")
         partition = None
         for name, value in self._hive_values(file).items():
-            equal = ds.field(name) == value
+            field = ds.field(name)
+            equal = field.is_null() if value is None else field == value
             partition = equal if partition is None else partition & equal
         layout = ds.ParquetFileFormat()
         fragment = layout.make_fragment(
@@ -630,8 +706,22 @@ class _ParquetSource(_FileSource):
         for piece in fragment.split_by_row_group(self.filters, schema):
             group = piece.row_groups[0].id
             one = ds.FileSystemDataset([piece], schema, layout, self.filesystem)
-            counts[group] = one.count_rows(filter=self.filters)
+            # count_rows() counts all row groups where folders decide the filter.
+            found = one.scanner(columns=[], filter=self.filters, use_threads=False)
+            counts[group] = sum(batch.num_rows for batch in found.to_batches())
         return counts
+
+    def _find_filter_columns(self) -> list[str]:
+        """Return the columns of files that the filters ask for: they fail without."""
+        pa = _import_data_package("pyarrow", "pyarrow")
+        schema, _ = self._read_footer(self.first_file)
+        empty, needed = schema.empty_table(), []
+        for name in schema.names:
+            try:
+                empty.drop_columns([name]).filter(self.filters)
+            except (ValueError, pa.ArrowException):
+                needed.append(name)
+        return needed
 
     def _describe(self, block: int) -> str:
         file = self.files[self.block_file[block]]
@@ -646,8 +736,8 @@ class _ParquetSource(_FileSource):
                 group = opened.metadata.row_group(self.block_key[block])
                 self._check_rows(file, int(self.block_rows[block]) - group.num_rows)
             stored = opened.schema_arrow.names
-            names = stored if self.filters is not None else self.types
-            columns = [name for name in names if name in stored]
+            needed = [*self.types, *self.filter_columns]
+            columns = [name for name in dict.fromkeys(needed) if name in stored]
             for batch in opened.iter_batches(
                 batch_rows, [self.block_key[block]], columns, use_threads=False
             ):
@@ -917,6 +1007,26 @@ class _EpochPlan:
 # --- Streams, part 3: reading windows and cutting batches
 
 
+def _check_list_sizes(array: Any, size: int, fill: Any) -> Any:
+    """Return lists that are all of one size, those that are missing filled.
+
+    Raises:
+        ValueError: a list has another size, or is missing without a number to fill.
+    """
+    pa = _import_data_package("pyarrow", "pyarrow")
+    compute = _import_data_package("pyarrow.compute", "pyarrow")
+    if array.null_count:
+        if not isinstance(fill, int | float):
+            raise ValueError("a list is missing: pass a number in fill_null for it")
+        array = array.fill_null(pa.scalar([fill] * size, array.type))
+    sizes = compute.unique(compute.list_value_length(array)).to_pylist()
+    if other := [found for found in sizes if found != size]:
+        raise ValueError(
+            f"a list has {other[0]} values, not {size}: repair it or leave it out"
+        )
+    return array
+
+
 class _BlockReader:
     """Reads stretches of one block, in order, as slices of what is decoded."""
 
@@ -1035,10 +1145,12 @@ class _RowLayout:
         try:
             if pa.types.is_dictionary(array.type) and array.type != kind:
                 array = array.dictionary_decode()
+            value = self.fill_null.get(name)
+            if pa.types.is_fixed_size_list(kind) and pa.types.is_list(array.type):
+                array = _check_list_sizes(array, kind.list_size, value)
             if array.type != kind:
                 # Large integers may be rounded on their way to floats.
                 array = array.cast(kind, safe=not pa.types.is_floating(kind))
-            value = self.fill_null.get(name)
             if pa.types.is_fixed_size_list(kind) and isinstance(value, int | float):
                 array = array.fill_null(pa.scalar([value] * kind.list_size, kind))
                 elements = array.flatten().fill_null(value)
@@ -1372,7 +1484,8 @@ class _WindowFeed(IterableDataset):
                 raise
             if readers.get(block, self) is not None:
                 rows = source.block_rows[block] - low
-                source.skipped.append(f"{error} ({rows} rows)")
+                if not any(told.startswith(str(error)) for told in source.skipped):
+                    source.skipped.append(f"{error} ({rows} rows)")
             readers[block] = None
             lost = [[pa.nulls(high - low, kind)] for kind in layout.schema.types]
             return lost, np.arange(begin, begin + high - low)
@@ -1897,6 +2010,7 @@ class _ColumnStream(IterableDataset):
     def order_digest(self) -> str:
         """Return what all that decides the order is hashed to."""
         facts = [self.seed, self.shuffle, self.window_rows, self.source.together]
+        facts += self.source.chosen_by
         digest = hashlib.sha256(repr(facts).encode())
         digest.update(self.source.block_rows.tobytes())
         return digest.hexdigest()[:16]
@@ -1941,7 +2055,8 @@ class StreamingTextDataset(_ColumnStream):
         column_types: Arrow types by column, where those of the first megabyte of the
             first file will not do: {"price": "float64"}.
         fill_null: value by column, for nulls in columns that become integer tensors.
-        on_error: "skip" leaves out what cannot be read and lists it in `skipped`.
+        on_error: "skip" leaves out what cannot be read and lists it in `skipped`;
+            batches are whole if `drop_unreadable` is called first.
         encoding: of the files; UTF-16 and UTF-32 are read in one piece, like .gz.
         quote_char: None where quotes are plain letters.
         rank, world_size: by default those of torch.distributed, which has to be
@@ -2016,17 +2131,19 @@ class StreamingParquetDataset(_ColumnStream):
     300 MB for 17 columns, 0.6 to 1.0 GB for 400 (row groups of 20 and 100 thousand).
 
     Args:
-        file_path: a file, folder (`key=value` folders become columns), glob or URI
-            (s3://, gs://, what fsspec knows), or a list of them.
+        file_path: a file, folder, glob or URI (s3://, gs://, what fsspec knows), or a
+            list of them. `key=value` folders below it become columns.
         columns: the columns to read, all by default.
         batch_size: rows of which the ranks take their shares (row iteration only).
         filters: an Arrow expression or [(column, "==", value), ...]; row groups that
             their statistics rule out are never read.
         column_types: Arrow types by column to cast to: {"emb": pa.list_(pa.float32(),
-            384)} makes a tensor of lists that all have 384 numbers.
+            384)} makes a (B, 384) tensor of lists that all have 384 numbers; without
+            it they come as lists, several times slower.
         fill_null: value by column, for nulls in columns that become integer tensors
             (those of floats become NaN); of a fixed-size list for each missing element.
-        on_error: "skip" leaves out what cannot be read and lists it in `skipped`.
+        on_error: "skip" leaves out what cannot be read and lists it in `skipped`;
+            batches are whole if `drop_unreadable` is called first.
         filesystem: of pyarrow or fsspec, where the path alone does not say it.
         rank, world_size: by default those of torch.distributed, which has to be
             initialized before.

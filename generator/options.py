@@ -69,7 +69,7 @@ TASKS = {
                 'data: str = ""  # folder of class folders; empty: built-in digits',
                 "image_size: Count | None = None  # pixels of a side; none: see below",
             ),
-            edit="build_model, build_datasets and compute_loss",
+            edit="build_model, build_datasets, augment and compute_loss",
             legend="C channels or classes, H height, W width, D features",
             packages=("torch", "pillow", "scikit-learn"),
             own_packages=("torch", "pillow"),

@@ -521,17 +521,27 @@ def _appear_complete(path: Path) -> Iterator[Path]:
 
 
 def write_predictions(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
-    """Write one line of JSON a record, as they come; return how many they were.
+    """Write one line a record, as they come; return how many they were.
 
+    Lines are of JSON, or in a .csv file of values below the names of the first record.
     The file appears when its last line is there.
 
     Raises:
         PredictionError: The disk refused.
     """
     count = 0
-    with _appear_complete(path) as temporary, open(temporary, "w") as file:
+    with (
+        _appear_complete(path) as temporary,
+        open(temporary, "w", encoding="utf-8", newline="") as file,
+    ):
+        rows = csv.writer(file) if path.suffix == ".csv" else None
         for record in records:
-            file.write(json.dumps(record) + "\n")
+            if rows and not count:
+                rows.writerow(record)
+            if rows:
+                rows.writerow(record.values())
+            else:
+                file.write(json.dumps(record) + "\n")
             count += 1
     return count
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -209,3 +210,6 @@ def test_on_error_skip_names_images_of_all_ranks(ranks, tmp_path):
         path.write_bytes(path.read_bytes()[:60])
     output = run(script, *words, "--on-error=skip", ranks=ranks)
     left_out(output, len(bad), *map(str, bad))
+    good = sum(1 for _ in Path(words[1]).glob("*/*.png")) - len(bad)
+    counts = re.search(r"(\d+) samples to train on, (\d+) to validate on", output)
+    assert sum(map(int, counts.groups())) == good

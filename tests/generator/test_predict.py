@@ -9,6 +9,7 @@ import io
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -143,9 +144,9 @@ def test_other_kinds_of_files_give_the_same_as_csv(kind, text):
         table.to_parquet(text / "new.parquet")
     else:
         (text / "new.txt").write_text("\n".join(table["text"]) + "\n")
-    predict(text, f"--data=new.{kind}", f"--out={kind}.out")
-    predict(text, "--data=new.csv", "--out=csv.out")
-    assert (text / f"{kind}.out").read_bytes() == (text / "csv.out").read_bytes()
+    predict(text, f"--data=new.{kind}", "--out=this.jsonl")
+    predict(text, "--data=new.csv", "--out=csv.jsonl")
+    assert (text / "this.jsonl").read_bytes() == (text / "csv.jsonl").read_bytes()
 
 
 def test_image_equals_the_model_and_names_the_files(image):
@@ -166,6 +167,30 @@ def test_image_equals_the_model_and_names_the_files(image):
             number = int(probabilities.argmax())
             assert record["label"] == spec["classes"][number]
             assert abs(record["probability"] - probabilities[number]) < 1e-5
+
+
+def test_images_that_cannot_be_read_are_left_out_on_request(image, tmp_path):
+    for path in sorted((image / "digits").glob("*/*.png"))[:5]:
+        shutil.copy(path, tmp_path / path.name)
+    (tmp_path / "0.png").write_bytes(b"no image")
+    (tmp_path / "empty.jpg").touch()
+    line = predict(image, f"--data={tmp_path}", "--out=new.csv", expect=2)
+    assert f"{tmp_path}/0.png" in line
+    assert "--on-error skip" in line
+    words = [f"--data={tmp_path}", "--on-error=skip"]
+    output = predict(image, *words, "--out=new.csv")
+    assert "5 samples" in output
+    assert "2 left out" in output
+    assert "0.png" in output
+    named = (image / "new.csv.left_out.txt").read_text()
+    assert [name in named for name in ("0.png", "empty.jpg")] == [True, True]
+    predict(image, *words, "--out=new.jsonl")
+    with open(image / "new.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows == [
+        {name: str(value) for name, value in record.items()}
+        for record in records(image / "new.jsonl")
+    ]
 
 
 def test_int8_is_near_and_a_model_without_linear_layers_is_refused(text, text_truth):
@@ -216,7 +241,8 @@ CSV = "text,label\nfirst,a\nsecond,b\n"
         (["--data=a.csv", "--device=warp"], ["--device warp", "--device cpu"]),
         (["--data=a.csv", "--device=cuda:7"], ["--device cuda:7", "--device cpu"]),
         (["--data=a.csv", "--batchsize=3"], ["did you mean --batch-size?"]),
-        (["--data=a.csv", "--out=a.csv/x"], ["a.csv/x", "cannot be written"]),
+        (["--data=a.csv", "--out=a.csv/x.csv"], ["a.csv/x.csv", "cannot be written"]),
+        (["--data=a.csv", "--out=x.txt"], ["--out x.txt", ".jsonl or .csv"]),
         (["--export=model.onnx"], ["model.onnx", ".safetensors or .pt2"]),
         (["--export=m.pt2", "--quantize"], ["--export", "--quantize"]),
     ],

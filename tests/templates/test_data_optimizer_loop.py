@@ -23,6 +23,8 @@ from templates.data_optimizer import (
     StreamingTextDataset,
     collate_images,
     create_optimized_dataloader,
+    describe_skipped,
+    make_loaders,
     move_batches,
 )
 
@@ -321,6 +323,58 @@ def test_evaluation_of_few_rows_gives_empty_shares(images, length):
             assert len(pixels) == len(labels)
             seen += labels.tolist()
     assert sorted(seen) == [i for i in range(length) if not 2 <= i < 6]
+
+
+def test_augmentation_changes_by_epoch_and_is_for_training_alone(images):
+    def noise(image, generator):
+        return torch.randint(256, image.shape, generator=generator, dtype=torch.uint8)
+
+    images.augment = noise
+    images.drop_unreadable()
+    train, val = images.split(0.5, seed=0)
+    assert sorted([*train.labels, *val.labels]) == [0, 1, 6, 7, 8, 9]
+    plain = [int(image[0, 0, 0]) for image, _ in val]
+    assert plain == val.labels, "what is validated on is as it is in the file"
+
+    def epochs(dataset, workers):
+        loader, _ = make_loaders(dataset, val, 2, CPU, workers, 0, collate_images)
+        seen = []
+        for epoch in (0, 1, 0):
+            loader.set_epoch(epoch)
+            batches = [(y, x) for x, y in loader]
+            rows = {int(n): x for y, xs in batches for n, x in zip(y, xs, strict=True)}
+            seen.append(torch.stack([rows[n] for n in sorted(rows)]))
+        assert torch.equal(seen[0], seen[2])
+        assert not torch.equal(seen[0], seen[1])
+        return torch.stack(seen)
+
+    whole = epochs(train, 0)
+    assert torch.equal(whole, epochs(train, 2))
+    # The epoch reaches a dataset through Subsets, such as those of tests of a script.
+    assert torch.equal(whole, epochs(Subset(Subset(train, range(3)), [2, 0, 1]), 0))
+    # A part has the images as the whole has them.
+    train.set_epoch(1)
+    images.set_epoch(1)
+    for number, image in zip(train.numbers, train, strict=True):
+        assert torch.equal(image[0], images[images.numbers.index(number)][0])
+
+
+def test_unreadable_images_are_dropped_before_a_split(images):
+    digest = images.order_digest()
+    images.drop_unreadable()
+    assert images.labels == [0, 1, 6, 7, 8, 9]
+    assert images.order_digest() != digest
+    for part in images.split(0.5, seed=0):
+        assert len(part.skipped) == 4
+        assert all("cannot read image" in line for line in part.skipped)
+    assert describe_skipped(Subset(images, [0])).startswith("\n4 left out")
+    broken = LazyImageDataset(["none.png"], on_error="skip")
+    with pytest.raises(DataError, match=r"no image can be read, such as: .*none\.png"):
+        broken.drop_unreadable()
+    strict = LazyImageDataset(["none.png"])
+    strict.drop_unreadable()  # does nothing: it is named when it is asked for
+    with pytest.raises(DataError, match="--on-error skip"):
+        strict[0]
 
 
 class Numbers(Dataset):

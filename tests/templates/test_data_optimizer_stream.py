@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -378,12 +379,19 @@ def test_nulls_and_lists_are_handled_or_refused_by_column(tmp_path):
     with pytest.raises(DataError, match=r"'pair'.*columns="):
         StreamBatchLoader(StreamingParquetDataset(path), 2)
     assert next(iter(StreamingParquetDataset(path)))["pair"] == {"a": 1}
-    ragged = write(tmp_path / "r.parquet", vector=pa.array([[1.0], [3.0, 4.0]]))
-    wrong = StreamingParquetDataset(
-        ragged, column_types={"vector": pa.list_(pa.float32(), 2)}
+    kinds = {"vector": pa.list_(pa.float32(), 2)}
+    for rows, cause in (([[1.0], [3.0, 4.0]], "1 values, not 2"), ([None], "missing")):
+        ragged = write(
+            tmp_path / "r.parquet", vector=pa.array(rows, pa.list_(pa.float64()))
+        )
+        wrong = StreamingParquetDataset(ragged, column_types=kinds)
+        with pytest.raises(DataError, match=rf"'vector' of .*r\.parquet: .*{cause}"):
+            list(StreamBatchLoader(wrong, 2))
+    filled = StreamingParquetDataset(
+        ragged, column_types=kinds, fill_null={"vector": 7}
     )
-    with pytest.raises(DataError, match=r"'vector' of .*r\.parquet"):
-        list(StreamBatchLoader(wrong, 2))
+    (batch,) = StreamBatchLoader(filled, 2)
+    assert batch["vector"].tolist() == [[7, 7]]
 
 
 # --- files
@@ -420,6 +428,98 @@ def test_folders_globs_lists_and_hive_partitions(tmp_path):
     files = sorted(tmp_path.rglob("*.parquet"))
     assert len(list(StreamingParquetDataset(files[:3]))) == 3
     assert len(list(StreamingParquetDataset(f"file://{tmp_path}"))) == 4
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        [("year", "==", 2024)],
+        ("year", ">=", 2023),
+        [[("year", "==", 2024)], [("id", "<", 3)]],
+        [("year", "==", 2024), ("id", ">", 25)],
+        ds.field("year").is_null(),
+        ds.field("year").is_valid() & (ds.field("x") > 4),
+    ],
+    ids=str,
+)
+def test_filters_by_folders_give_what_pyarrow_gives(filters, tmp_path):
+    """Also in several row groups, which pyarrow's count_rows does not tell apart."""
+    for start, year in enumerate(["2023", "2024", "__HIVE_DEFAULT_PARTITION__"]):
+        numbers = np.arange(start * 10, start * 10 + 23)
+        (tmp_path / f"year={year}").mkdir()
+        path = tmp_path / f"year={year}/a.parquet"
+        table = pa.table({"id": numbers, "x": numbers / 5, "note": ["-"] * 23})
+        pq.write_table(table, path, row_group_size=5)
+    data = stream(tmp_path, columns=["id"], filters=filters, shuffle=False)
+    whole = ds.dataset(tmp_path, partitioning="hive")
+    wanted = whole.to_table(filter=data.source.filters)["id"].to_pylist()
+    assert data.rows == len(wanted) > 0
+    assert flat(ids(StreamBatchLoader(data, 4))) == wanted
+    assert "note" not in [*data.source.types, *data.source.filter_columns]
+
+
+def test_filters_read_no_column_that_nobody_asks_for(tmp_path):
+    path = write(tmp_path / "a.parquet", id=range(9), x=range(9), note=["n" * 99] * 9)
+    column = pq.ParquetFile(path).metadata.row_group(0).column(2)
+    assert column.path_in_schema == "note"
+    raw = bytearray(path.read_bytes())
+    start = column.dictionary_page_offset
+    raw[start : start + 20] = b"\xff" * 20
+    path.write_bytes(raw)
+    data = stream(path, columns=["id"], filters=[("x", ">", 4)], shuffle=False)
+    assert flat(ids(StreamBatchLoader(data, 4))) == [5, 6, 7, 8]
+
+
+def test_filters_are_part_of_what_a_state_is_held_against(tmp_path):
+    path = write(tmp_path / "a.parquet", id=range(10), lang=["en", "de"] * 5)
+    english, german = (
+        StreamBatchLoader(stream(path, filters=[("lang", "==", lang)]), 2)
+        for lang in ("en", "de")
+    )
+    with pytest.raises(DataError, match="rows in another order"):
+        german.load_state_dict(english.state_dict())
+    with pytest.raises(DataError, match=r"no row of 1 files passes.*EN.*values"):
+        stream(path, filters=[("lang", "==", "EN")])
+
+
+def test_filters_with_values_of_another_type_are_named(tmp_path):
+    path = write(tmp_path / "a.parquet", id=range(10))
+    with pytest.raises(DataError, match=r"a\.parquet: .*values of their types"):
+        stream(path, filters=[("id", "==", "3")])
+
+
+def test_texts_of_either_arrow_type_go_together(tmp_path):
+    """pandas 3 writes large_string, pyarrow string."""
+    write(tmp_path / "a.parquet", id=[1], text=pa.array(["a"], pa.large_string()))
+    write(tmp_path / "b.parquet", id=[2], text=pa.array(["b"]))
+    write(tmp_path / "c.parquet", id=[3], text=pa.nulls(1))
+    write(tmp_path / "d.parquet", id=pa.nulls(0, pa.int64()), text=pa.nulls(0))
+    (batch,) = StreamBatchLoader(stream(tmp_path, shuffle=False), 3)
+    assert batch["text"] == ["a", "b", None]
+    rows = list(stream(tmp_path, shuffle=False))
+    assert [row["text"] for row in rows] == ["a", "b", None]
+
+
+def test_column_types_that_do_not_exist_are_named(tmp_path):
+    path = write(tmp_path / "a.parquet", id=[1])
+    with pytest.raises(DataError, match=r"'list<float>' of column 'id'.*pa\.list_"):
+        stream(path, column_types={"id": "list<float>"})
+
+
+def test_the_commonest_schema_counts_when_others_are_skipped(tmp_path):
+    for name, kind in zip("abcd", ["string", "int64", "int64", "string"], strict=True):
+        array = pa.array([1, 2]).cast(pa.type_for_alias(kind))
+        write(tmp_path / f"{name}.parquet", id=array)
+    write(tmp_path / "e.parquet", id=[3, 4])
+    data = stream(tmp_path, on_error="skip", shuffle=False)
+    assert flat(ids(StreamBatchLoader(data, 6))) == [1, 2, 1, 2, 3, 4]
+    assert [line.rpartition(" (")[2] for line in data.skipped] == [
+        "the whole file, 2 rows)"
+    ] * 2
+    with pytest.raises(
+        DataError, match=r"'id' is string in .*such as {'id': 'string'}"
+    ):
+        stream(tmp_path)
 
 
 def test_fsspec_filesystems(shards):

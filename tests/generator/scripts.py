@@ -52,10 +52,7 @@ EXACT = {
     }
     for task, more in {
         "text": {},
-        "image": {
-            "images_BCHW.float()": "images_BCHW.double()",
-            "if model.training:": "if False:",
-        },
+        "image": {"images_BCHW.float()": "images_BCHW.double()"},
         "lm": {},
         "tabular": {"model(features_BF)": "model(features_BF.double())"},
         "embedding": {},

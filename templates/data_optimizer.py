@@ -1146,7 +1146,10 @@ class _RowLayout:
             if pa.types.is_dictionary(array.type) and array.type != kind:
                 array = array.dictionary_decode()
             value = self.fill_null.get(name)
-            if pa.types.is_fixed_size_list(kind) and pa.types.is_list(array.type):
+            any_size = (pa.types.is_list, pa.types.is_large_list)
+            if pa.types.is_fixed_size_list(kind) and any(
+                f(array.type) for f in any_size
+            ):
                 array = _check_list_sizes(array, kind.list_size, value)
             if array.type != kind:
                 # Large integers may be rounded on their way to floats.

@@ -380,9 +380,13 @@ def test_nulls_and_lists_are_handled_or_refused_by_column(tmp_path):
         StreamBatchLoader(StreamingParquetDataset(path), 2)
     assert next(iter(StreamingParquetDataset(path)))["pair"] == {"a": 1}
     kinds = {"vector": pa.list_(pa.float32(), 2)}
-    for rows, cause in (([[1.0], [3.0, 4.0]], "1 values, not 2"), ([None], "missing")):
+    for rows, cause, lists in (
+        ([[1.0], [3.0, 4.0]], "1 values, not 2", pa.list_),
+        ([[1.0, 2.0], [3.0]], "1 values, not 2", pa.large_list),  # as polars writes
+        ([None], "missing", pa.list_),
+    ):
         ragged = write(
-            tmp_path / "r.parquet", vector=pa.array(rows, pa.list_(pa.float64()))
+            tmp_path / "r.parquet", vector=pa.array(rows, lists(pa.float64()))
         )
         wrong = StreamingParquetDataset(ragged, column_types=kinds)
         with pytest.raises(DataError, match=rf"'vector' of .*r\.parquet: .*{cause}"):

@@ -109,8 +109,10 @@ TASKS = {
             settings=(
                 'data: str = ""  # Parquet file, folder or glob; empty: digits',
                 'label_column: str = "label"  # what to predict',
-                'objective: Literal["auto", "classify", "regress"] = "auto"'
-                "  # by its type",
+                (
+                    'objective: Literal["auto", "classify", "regress"] = "auto"'
+                    "  # by its type"
+                ),
             ),
             edit="build_model, build_datasets and compute_loss",
             legend="F features, C classes, D width",

@@ -14,7 +14,7 @@ import torch
 class StopRequest:
     """SIGTERM and Ctrl-C set a flag; the loop ends the step it is in, saves, leaves."""
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self):
         self.signal = 0
         signals = (signal.SIGTERM, signal.SIGINT)
         self.old = {number: signal.signal(number, self.ask) for number in signals}

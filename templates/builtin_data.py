@@ -112,8 +112,10 @@ def write_jsonl(path: Path, columns: dict[str, list[str]]) -> Path:
         _write_in_one_step(path) as partial,
         open(partial, "w", encoding="utf-8") as file,
     ):
-        for row in zip(*columns.values(), strict=True):
-            file.write(json.dumps(dict(zip(columns, row, strict=True))) + "\n")
+        file.writelines(
+            json.dumps(dict(zip(columns, row, strict=True))) + "\n"
+            for row in zip(*columns.values(), strict=True)
+        )
     return path
 
 

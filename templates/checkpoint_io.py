@@ -33,11 +33,11 @@ import pickle
 import random
 import shutil
 import sys
-import threading
 import types
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -143,6 +143,17 @@ def write_checkpoint_file(state: Any, path: Path) -> None:
     write_atomically(path, write)
 
 
+def _find_damaged_record(path: Path) -> str | None:
+    """Return the first record that fails its checksum, or raise BadZipFile."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch leaves a record that is marked as a folder (16) uninitialised.
+            marked = [i.filename for i in archive.infolist() if i.external_attr & 16]
+            return archive.testzip() or next(iter(marked), None)
+    except Exception as error:  # zipfile has a dozen kinds for a damaged file
+        raise zipfile.BadZipFile(str(error)) from error
+
+
 def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint file, None if it is whole.
 
@@ -161,11 +172,8 @@ def find_damage(path: Path) -> str | None:
             intact = ending == format_checksum(zlib.crc32(b"\0\0", crc))
             return None if intact else "its checksum does not match"
     try:
-        with zipfile.ZipFile(path) as archive:
-            # torch leaves a record that is marked as a folder (16) uninitialised.
-            marked = [i.filename for i in archive.infolist() if i.external_attr & 16]
-            record = archive.testzip() or next(iter(marked), None)
-    except Exception as error:  # zipfile has a dozen kinds for a damaged file
+        record = _find_damaged_record(path)
+    except zipfile.BadZipFile as error:
         return f"it is not a complete checkpoint file ({error})"
     return f"its record {record} does not match its checksum" if record else None
 
@@ -659,8 +667,7 @@ class StateSaver:
 
     def __post_init__(self) -> None:
         self._buffers = HostBuffers()
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._writing: Future | None = None
 
     def resume(self, device: torch.device | None = None) -> Path | None:
         """Load the newest whole file, as `resume_training_state` does."""
@@ -691,35 +698,31 @@ class StateSaver:
         )
 
     def _start(self, write: Callable[[], Any]) -> None:
-        def run() -> None:
-            try:
-                write()
-            except BaseException as error:
-                self._error = error
-
         # No daemon: the interpreter does not end before the file is whole.
-        self._thread = threading.Thread(target=run, name="StateSaver")
-        self._thread.start()
+        pool = ThreadPoolExecutor(1, "StateSaver")
+        self._writing = pool.submit(write)
+        pool.shutdown(wait=False)
+
+    def _finish(self) -> BaseException | None:
+        """Return, when the last save has ended, what kept it from the disk."""
+        if self._writing is None:
+            return None
+        error = self._writing.exception()
+        self._writing = None
+        return error
 
     def wait(self) -> None:
         """Return when the last save is safely on the disk; raise what kept it."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
+        if (error := self._finish()) is not None:
             raise error
 
-    def __enter__(self) -> "StateSaver":
+    def __enter__(self):
         return self
 
     def __exit__(self, exc_type, exc, traceback) -> None:
         if exc is None:
             self.wait()
-            return
-        try:
-            self.wait()
-        except Exception as error:
+        elif error := self._finish():
             self.report(f"the last save failed: {error}")  # the first error says more
 
 
@@ -1017,28 +1020,29 @@ class ShardedStateSaver(StateSaver):
     def _write_shards(self, step: int, state: Any) -> None:
         rank, names = dist.get_rank(), name_rank_files(dist.get_world_size())
         temporary = self.folder / f".step-{step:08d}.tmp"
-        error = None
         try:
             for part in self.parts.values():
                 if rank == 0 and hasattr(part, "make_durable"):
                     part.make_durable()
             write_checkpoint_file(state, temporary / names[rank])
-        except Exception as failure:
-            error = failure
-        self._raise_together(error)
+        except Exception:
+            self._fail_together(True)
+            raise
+        self._fail_together(False)
         if rank == 0:
             try:
                 self._publish(step, temporary, names)
-            except OSError as failure:
-                error = CheckpointError(f"{temporary}: cannot be renamed ({failure})")
-        self._raise_together(error)
+            except OSError as error:
+                self._fail_together(True)
+                raise CheckpointError(
+                    f"{temporary}: cannot be renamed ({error})"
+                ) from error
+        self._fail_together(False)
 
-    def _raise_together(self, error: Exception | None) -> None:
-        failed = torch.tensor(int(error is not None))
+    def _fail_together(self, failed_here: bool) -> None:
+        failed = torch.tensor(int(failed_here))
         dist.all_reduce(failed, dist.ReduceOp.MAX, group=self._group)
-        if error is not None:
-            raise error
-        if failed:
+        if failed and not failed_here:
             raise CheckpointError(
                 f"{self.folder}: another rank could not write its shards; what was"
                 " saved before is unchanged: see that rank's error"

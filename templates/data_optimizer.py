@@ -98,7 +98,7 @@ def _data_rank(rank: int | None, world_size: int | None) -> tuple[int, int]:
         raise ValueError(f"{rank=} and {world_size=} must be given together")
     if rank is None or world_size is None:
         if not (dist.is_available() and dist.is_initialized()):
-            if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 raise RuntimeError(
                     "a launcher started several processes, but torch.distributed is "
                     "not initialized: each would read all rows. Call "
@@ -230,7 +230,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Batches of a whole epoch, wherever `set_epoch` starts."""
-        return -(-self.length // self.batch_size)
+        return (self.length + self.batch_size - 1) // self.batch_size
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch, and the batch (counted from 0) that comes first in it."""

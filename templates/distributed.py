@@ -63,10 +63,10 @@ def _read_torchrun_variables() -> tuple[int, int, int] | None:
             "`torchrun --nproc-per-node=N SCRIPT`, or unset RANK, WORLD_SIZE and "
             "LOCAL_RANK to train in one process"
         )
-    for name in found:
-        if name != "MASTER_ADDR" and not found[name].isdecimal():
+    for name, value in found.items():
+        if name != "MASTER_ADDR" and not value.isdecimal():
             raise LaunchError(
-                f"{name}={found[name]!r} is no whole number: start with torchrun"
+                f"{name}={value!r} is no whole number: start with torchrun"
             )
     rank, world_size, local_rank = (int(found[n]) for n in TORCHRUN_VARIABLES[:3])
     if not local_rank <= rank < world_size:

@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -261,58 +261,66 @@ def step_with_oom_recovery(
     )
 
 
-# (text of the error, cause, remedy); the first that matches counts. Texts as raised by
-# PyTorch 2.6 to 2.13 and the CUDA libraries under it.
+class ErrorCase(NamedTuple):
+    """A text that an error may hold, and what to say then."""
+
+    pattern: str
+    cause: str
+    remedy: str
+
+
+# The first that matches counts. Texts as raised by PyTorch 2.6 to 2.13 and the CUDA
+# libraries under it.
 CUDA_ERROR_CASES = (
-    (
+    ErrorCase(
         r"collective operation timeout|Timed out waiting \d+ms|wait timeout after",
         "One rank did not reach a collective operation that the others wait in: it "
         "crashed, took another number of steps, or was slow (loading, saving).",
         "Read the first error among all ranks' logs; give every rank the same number "
         "of steps; for honest long work raise init_process_group(timeout=...).",
     ),
-    (
+    ErrorCase(
         r"Duplicate GPU detected",
         "Two ranks use the same GPU.",
         "Call torch.cuda.set_device(LOCAL_RANK) before the process group starts, and "
         "no more processes than GPUs.",
     ),
-    (
+    ErrorCase(
         r"NCCL error|NCCL communicator|NCCL version|\bnccl[A-Z]",
         "NCCL failed between the GPUs: network interface, shared memory, or a peer "
         "that is already gone.",
         "Run with NCCL_DEBUG=INFO and read the first warning; in a container give "
         "--shm-size=8g; with several networks set NCCL_SOCKET_IFNAME.",
     ),
-    (
+    ErrorCase(
         r"device-side assert",
         "A kernel checked its input and stopped, most often an index out of range: a "
         "label >= number of classes, or a token id >= vocabulary size.",
         "Run the same batch on the CPU (or with CUDA_LAUNCH_BLOCKING=1) to see the "
         "line. This process cannot use the GPU any more: start it again.",
     ),
-    (
+    ErrorCase(
         r"illegal memory access|misaligned address|unspecified launch failure",
         "A kernel read or wrote outside its memory: a custom or compiled kernel, wrong "
         "indices, or failing hardware. The line shown may be a later one.",
         "Run with CUDA_LAUNCH_BLOCKING=1 (or compute-sanitizer) to find the kernel; "
         "try without torch.compile and custom kernels. Start the process again.",
     ),
-    (
+    ErrorCase(
         r"no kernel image is available|is not compatible with the current PyTorch"
         r"|unsupported toolchain|invalid device function",
         "This PyTorch build (or an extension) has no code for this GPU's architecture.",
         "Compare torch.cuda.get_device_capability() with torch.cuda.get_arch_list(); "
         "install the PyTorch build for this GPU; build extensions again.",
     ),
-    (
+    ErrorCase(
         r"driver on your system is too old|driver version is insufficient"
         r"|driver/library version mismatch|forward compatibility was attempted",
         "The NVIDIA driver does not fit this PyTorch build's CUDA version.",
         "Compare nvidia-smi's CUDA version with torch.version.cuda: update the driver "
         "(and reboot after an update) or install PyTorch for an older CUDA.",
     ),
-    (
+    ErrorCase(
         r"Found no NVIDIA driver|no CUDA-capable device|No CUDA GPUs are available"
         r"|invalid device ordinal|busy or unavailable|system not yet initialized",
         "The GPU asked for is not there for this process: no driver, hidden by "
@@ -320,38 +328,38 @@ CUDA_ERROR_CASES = (
         "Check nvidia-smi, CUDA_VISIBLE_DEVICES and the container's --gpus; use a "
         "device index below torch.cuda.device_count().",
     ),
-    (
+    ErrorCase(
         r"not compiled with CUDA enabled|not linked with support for cuda",
         "This PyTorch is a CPU build.",
         "Install a CUDA build of PyTorch, or train on the CPU.",
     ),
-    (
+    ErrorCase(
         r"Cannot re-initialize CUDA in forked subprocess",
         "A forked process (a DataLoader worker) used CUDA after its parent had.",
         "Keep datasets and collate functions on the CPU and move batches in the loop, "
         'or use multiprocessing_context="spawn".',
     ),
-    (
+    ErrorCase(
         r"(?i)cudnn",
         "cuDNN failed: GPU memory nearly full, two cuDNN versions on the library path, "
         "or an earlier error of the GPU that shows only now.",
         "Try a smaller batch; unset LD_LIBRARY_PATH; try "
         "torch.backends.cudnn.enabled = False to see whether cuDNN is the cause.",
     ),
-    (
+    ErrorCase(
         r"CUBLAS_STATUS",
         "cuBLAS failed: GPU memory nearly full, shapes or dtypes it does not take, or "
         "an earlier error (often an index out of range) that shows only now.",
         "Run with CUDA_LAUNCH_BLOCKING=1, and the same batch on the CPU; try a smaller "
         "batch; unset LD_LIBRARY_PATH.",
     ),
-    (
+    ErrorCase(
         r"Expected all tensors to be on the same device"
         r"|Input type \(.*\) and weight type",
         "Model and data are on different devices or have different dtypes.",
         "Move both: model.to(device), and every tensor of the batch .to(device).",
     ),
-    (
+    ErrorCase(
         r"CUDA error|CUDA driver error|CUDA initialization",
         "CUDA failed in a way that has no entry here.",
         "Run with CUDA_LAUNCH_BLOCKING=1 to see the line that fails, check nvidia-smi "
@@ -360,7 +368,7 @@ CUDA_ERROR_CASES = (
 )
 
 DATA_ERROR_CASES = (
-    (
+    ErrorCase(
         r"DataLoader worker.*killed by signal: Bus error|out of shared memory"
         r"|shared memory object|shared memory\(shm\)|unable to (write to|resize) file"
         r"|No space left on device",
@@ -369,43 +377,43 @@ DATA_ERROR_CASES = (
         "In a container give --shm-size=8g or --ipc=host; use fewer workers, a smaller "
         "prefetch_factor or smaller batches; check df -h.",
     ),
-    (
+    ErrorCase(
         r"Too many open files|received \d+ items of ancdata",
         "Too many open files: workers keep one for every tensor that is under way.",
         "Raise ulimit -n, or call "
         'torch.multiprocessing.set_sharing_strategy("file_system").',
     ),
-    (
+    ErrorCase(
         r"DataLoader worker.*killed by signal: Killed",
         "The system killed a worker, nearly always because main memory was full.",
         "Use fewer workers, a smaller prefetch_factor, or stream the data instead of "
         "holding it in every worker; the system log (dmesg) names the process.",
     ),
-    (
+    ErrorCase(
         r"DataLoader worker.*(killed by signal|exited unexpectedly)",
         "A worker process died without a Python error (a crash in native code, or it "
         "was stopped from outside).",
         "Run with num_workers=0 to see the cause in the main process.",
     ),
-    (
+    ErrorCase(
         r"DataLoader timed out",
         "No batch came within the timeout: slow storage, or a worker hangs.",
         "Run with num_workers=0 to see which sample is slow; raise timeout; set "
         "OMP_NUM_THREADS=1 where workers deadlock in native threads.",
     ),
-    (
+    ErrorCase(
         r"(?i)can't (get local|pickle)|cannot (be )?pickle|PicklingError",
         "Workers are started by spawn or forkserver (macOS, Windows, Python 3.14) and "
         "cannot take lambdas, local functions or open files along.",
         "Move the function or class to the top level of a module and open files inside "
         'the worker, or use multiprocessing_context="fork" where there is one.',
     ),
-    (
+    ErrorCase(
         r"Cannot re-initialize CUDA in forked subprocess",
         "A worker used CUDA.",
         "Keep datasets and collate functions on the CPU and move batches in the loop.",
     ),
-    (
+    ErrorCase(
         r"Usecols do not match columns|No match for FieldRef|Field .* (not in|does not "
         r"exist in) schema|^KeyError\b",
         "A column (or key) that the code asks for is not in the data.",
@@ -413,7 +421,7 @@ DATA_ERROR_CASES = (
         "pandas.read_csv(path, nrows=0).columns or "
         "pyarrow.parquet.read_schema(path).names.",
     ),
-    (
+    ErrorCase(
         r"Parquet magic bytes|Parquet file size is 0|deserialize thrift|Corrupt "
         r"|Codec failed|decompress|Unexpected end of stream|Invalid BYTE_ARRAY"
         r"|Invalid number of indices|CRC checksum",
@@ -422,40 +430,40 @@ DATA_ERROR_CASES = (
         "Find the row group with pyarrow.parquet.ParquetFile(path).read_row_group(i), "
         "then copy or write the file again.",
     ),
-    (
+    ErrorCase(
         r"cannot identify image file|image file is truncated|broken data stream"
         r"|DecompressionBomb",
         "An image cannot be read: damaged, incomplete, or no image.",
         'Replace it or leave it out (LazyImageDataset: on_error="skip").',
     ),
-    (
+    ErrorCase(
         r"FileNotFoundError|NotADirectoryError|No such file or directory",
         "The file is not there.",
         "Check the spelling; a relative path starts at the folder that the command is "
         "run in.",
     ),
-    (
+    ErrorCase(
         r"PermissionError|Permission denied",
         "This user may not read the file.",
         "Check its owner and mode: ls -l.",
     ),
-    (
+    ErrorCase(
         r"UnicodeDecodeError|codec can't decode",
         "The text file is not in the encoding that it is read with (UTF-8).",
         "Convert it: iconv -f latin1 -t utf-8 FILE.",
     ),
-    (
+    ErrorCase(
         r"Error tokenizing data|No columns to parse|JSONDecodeError",
         "A line of the text file is not what its format asks for, or it is empty.",
         "Look at the line that the message names: quotes, separators, a cut-off end.",
     ),
-    (
+    ErrorCase(
         r"equal size|batch must contain tensors",
         "The samples of a batch cannot be stacked: different lengths, or not numbers.",
         "Pad them to one length or pass a collate_fn that does; turn images into "
         "tensors in the transform.",
     ),
-    (
+    ErrorCase(
         r"ModuleNotFoundError|ImportError",
         "A package that reads this data is not installed.",
         "Install it with pip under the name in the message.",
@@ -463,7 +471,7 @@ DATA_ERROR_CASES = (
 )
 
 
-def _explain_by_cases(text: str, cases: tuple[tuple[str, str, str], ...]) -> str | None:
+def _explain_by_cases(text: str, cases: tuple[ErrorCase, ...]) -> str | None:
     """Return the error's first line with cause and remedy, None if no case matches."""
     for pattern, cause, remedy in cases:
         if re.search(pattern, text):
@@ -580,7 +588,7 @@ class SafeTrainingContext:
             raise KeyboardInterrupt
         self.signal_number = number
 
-    def __enter__(self) -> "SafeTrainingContext":
+    def __enter__(self):
         self._pid = os.getpid()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):

@@ -66,7 +66,9 @@ class FirstFailure:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
+    def __exit__(
+        self, kind: object, error: BaseException | None, traceback: object
+    ) -> bool:
         if error is None or not isinstance(error, Exception):  # Ctrl-C must get through
             return False
         if not self.reported:

@@ -333,14 +333,14 @@ class StepFlopCounter(TorchDispatchMode):
             )
             self._formulas.setdefault(on_cpu, flop_registry[on_gpu])
 
-    def __enter__(self) -> "StepFlopCounter":
+    def __enter__(self):
         self._hooks = [
             register_optimizer_step_pre_hook(lambda *_: self._set_optimizer(True)),
             register_optimizer_step_post_hook(lambda *_: self._set_optimizer(False)),
         ]
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         for hook in self._hooks:
             hook.remove()
@@ -356,9 +356,10 @@ class StepFlopCounter(TorchDispatchMode):
         result = func(*args, **kwargs)
         formula = self._formulas.get(getattr(func, "_overloadpacket", func))
         if formula is not None:
-            try:
+            flops = None
+            with contextlib.suppress(Exception):  # a shape that it does not expect
                 flops = formula(*args, **kwargs, out_val=result)
-            except Exception:  # a shape that a formula of this version does not expect
+            if flops is None:
                 self.uncounted.add(str(func))
                 return result
             # Backward runs without grad mode, but for what it has to compute again.
@@ -526,7 +527,7 @@ class StepProfiler:
         self._wait_s: float | None = None  # in the step that is under way
         self._waited_s = 0.0  # in the steps whose time is kept
 
-    def __enter__(self) -> "StepProfiler":
+    def __enter__(self):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -665,8 +666,10 @@ def describe_profile(summary: Mapping[str, Any], untimed_steps: int) -> list[str
     else:
         times = summary["step_ms"]
         lines = [
-            f"{summary['steps_timed']} steps timed: {times['p50']:.4g} ms in the "
-            f"middle, 90% within {times['p90']:.4g}, 99% within {times['p99']:.4g}"
+            (
+                f"{summary['steps_timed']} steps timed: {times['p50']:.4g} ms in the "
+                f"middle, 90% within {times['p90']:.4g}, 99% within {times['p99']:.4g}"
+            )
         ]
     if summary["data_wait_share"] is not None:
         lines.append(f"waiting for data: {summary['data_wait_share']:.1%} of the time")
@@ -737,7 +740,7 @@ class TrainingDisplay:
         self.bar = None
         self.time_s = time.perf_counter()
 
-    def __enter__(self) -> "TrainingDisplay":
+    def __enter__(self):
         if sys.stderr.isatty() and not self.silent:
             try:
                 from tqdm import tqdm

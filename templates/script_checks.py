@@ -64,14 +64,14 @@ def compare_values(
     where a tensor is thousand times smaller: such a one is rounding all through.
     """
     if left.keys() != right.keys():
-        return math.inf, f"only one of them has {sorted(left.keys() ^ right.keys())[0]}"
+        return math.inf, f"only one of them has {min(left.keys() ^ right.keys())}"
     norms = {name: tensor.double().norm().item() for name, tensor in left.items()}
     floor = max(norms.values(), default=0.0) / 1000 or 1e-30
     worst = (0.0, "")
     for name, tensor in left.items():
         distance = (tensor.double() - right[name].double()).norm().item()
         relative = distance / max(norms[name], floor)
-        worst = max(worst, (relative if relative == relative else math.inf, name))
+        worst = max(worst, (math.inf if math.isnan(relative) else relative, name))
     return worst
 
 
@@ -250,6 +250,7 @@ def run_words(words: Sequence[str], folder: Path, timeout_s: float) -> tuple[int
             text=True,
             errors="replace",
             timeout=timeout_s,
+            check=False,
         )
     except subprocess.TimeoutExpired as error:
         printed = (error.stdout or b"").decode(errors="replace")

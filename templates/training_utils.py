@@ -696,7 +696,7 @@ class _RepeatedContext(contextlib.AbstractContextManager):
         self.context = self.make()
         return self.context.__enter__()
 
-    def __exit__(self, *error: Any) -> bool | None:
+    def __exit__(self, *error) -> bool | None:
         return self.context.__exit__(*error)
 
 

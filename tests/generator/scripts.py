@@ -253,7 +253,7 @@ def assert_clean_to_ruff(folder: Path) -> None:
     # One root a script, as a user has it: its tools are a module of its own.
     src = json.dumps([str(path) for path in folder.iterdir()])
     for words in (
-        ["check", "--select", rules, "--config", f"src = {src}"],
+        ["check", "--extend-select", rules, "--config", f"src = {src}"],
         ["format", "--check"],
     ):
         done = subprocess.run(

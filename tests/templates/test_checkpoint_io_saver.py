@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-import templates.checkpoint_io as checkpoint_io
+from templates import checkpoint_io
 from templates.checkpoint_io import (
     CheckpointError,
     HostBuffers,

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-import templates.checkpoint_io as checkpoint_io
+from templates import checkpoint_io
 from templates.checkpoint_io import (
     CheckpointError,
     RunState,

@@ -155,7 +155,8 @@ def test_averages_of_sharded_models_are_those_of_one_process(found):
     for rank in found:
         for name in ("ema output", "swapped output", "own output"):
             assert max(rank[name]) < 1e-6, name
-        assert rank["ema"] < 1e-6 < 1e-3 < rank["ema moved"]
+        assert rank["ema"] < 1e-6
+        assert rank["ema moved"] > 1e-3
         assert rank["ema loaded"] < 1e-6
 
 

@@ -303,10 +303,11 @@ def write_script(
         f"{enter}{program} {shlex.quote(name)}"
         for program in ("python", "torchrun --nproc-per-node=8")
     )
+    starts = request.output != "-"
     report = {
         "files": {file: text.count("\n") for file, text in files.items()},
-        "run": "" if request.output == "-" else run_command,
-        "launch": launch if "distributed" in request.sections else "",
+        "run": run_command if starts else "",
+        "launch": launch if starts and "distributed" in request.sections else "",
         "packages": list(request.task.packages),
         "packages_for_own_data": list(request.task.own_packages),
         "own_data": f"--data takes {request.task.own_data}",

@@ -511,17 +511,13 @@ class _FileSource(_BlockSource):
             }
             return repr({name: _tensor_type(pa, k) or k for name, k in kinds.items()})
 
-        schemas = {
-            file: found[0]
-            for file, found in zip(self.files, indexed, strict=True)
-            if not isinstance(found, Exception)
-        }
-        counts = collections.Counter(map(describe, schemas.values()))
-        for file, schema in schemas.items():
-            if describe(schema) == counts.most_common(1)[0][0]:
-                with contextlib.suppress(DataError):  # it is said of each file
-                    self._check_schema(file, schema)
-                return
+        alike = collections.defaultdict(list)
+        for file, found in zip(self.files, indexed, strict=True):
+            if not isinstance(found, Exception):
+                alike[describe(found[0])].append((file, found[0]))
+        if alike:
+            with contextlib.suppress(DataError):  # it is said of each file
+                self._check_schema(*max(alike.values(), key=len)[0])
 
     def _unreadable(self, what: str, error: Exception) -> DataError:
         """Say what cannot be read, why, and what helps unless it is skipped."""
@@ -568,7 +564,7 @@ class _FileSource(_BlockSource):
             for name in self.types or wanted
         }
         if not self.first_file:
-            self.types, self.first_file = kinds, file
+            self.types, self.first_file, self.first_schema = kinds, file, schema
         for name, known in self.types.items():
             kind = kinds[name]
             if pa.types.is_null(known):  # no row of the files before has a value
@@ -625,11 +621,11 @@ class _ParquetSource(_FileSource):
         if filters is not None:
             self.filter_columns = self._find_filter_columns()
             self.chosen_by = (str(filters),)
-        if filters is not None and not self.block_rows.any():
-            raise DataError(
-                f"no row of {len(self.files)} files passes the filters {filters}: "
-                "check their values"
-            )
+            if not self.block_rows.any():
+                raise DataError(
+                    f"no row of {len(self.files)} files passes the filters {filters}: "
+                    "check their values"
+                )
         # Arrow holds a page of each column of each open row group, 1 MB by default:
         # three row groups of 16 columns are 48 MB, and leave the cache alone as well.
         chunk = self.row_bytes * int(self.block_rows.max(initial=0)) // len(self.types)
@@ -642,14 +638,11 @@ class _ParquetSource(_FileSource):
         for part in self.below[file].split("/")[:-1]:
             key, equals, value = part.partition("=")
             if equals and key:
-                value = urllib.parse.unquote(value)
-                values[key] = (
-                    None
-                    if value == "__HIVE_DEFAULT_PARTITION__"
-                    else int(value)
-                    if re.fullmatch(r"-?\d{1,18}", value)
-                    else value
-                )
+                values[key] = urllib.parse.unquote(value)
+                if value == "__HIVE_DEFAULT_PARTITION__":
+                    values[key] = None
+                elif re.fullmatch(r"-?\d{1,18}", values[key]):
+                    values[key] = int(values[key])
         return values
 
     def _open(self, file: str) -> Any:
@@ -662,18 +655,13 @@ class _ParquetSource(_FileSource):
         options["page_checksum_verification"] = True  # where there are any
         return pq.ParquetFile(file, filesystem=self.filesystem, **options)
 
-    def _read_footer(self, file: str) -> tuple[Any, Any]:
-        """Return a file's schema, with the columns of its folders, and its metadata."""
+    def _index_file(self, file: str) -> tuple[Any, list[int], list[Any], int]:
         pa = _import_data_package("pyarrow", "pyarrow")
         with self._open(file) as opened:
             schema, meta = opened.schema_arrow, opened.metadata
         for name, value in self._hive_values(file).items():
             if name not in schema.names:
                 schema = schema.append(pa.field(name, pa.scalar(value).type))
-        return schema, meta
-
-    def _index_file(self, file: str) -> tuple[Any, list[int], list[Any], int]:
-        schema, meta = self._read_footer(file)
         groups = [meta.row_group(g) for g in range(meta.num_row_groups)]
         keys = list(range(len(groups)))
         rows = [group.num_rows for group in groups]
@@ -714,9 +702,8 @@ class _ParquetSource(_FileSource):
     def _find_filter_columns(self) -> list[str]:
         """Return the columns of files that the filters ask for: they fail without."""
         pa = _import_data_package("pyarrow", "pyarrow")
-        schema, _ = self._read_footer(self.first_file)
-        empty, needed = schema.empty_table(), []
-        for name in schema.names:
+        empty, needed = self.first_schema.empty_table(), []
+        for name in empty.column_names:
             try:
                 empty.drop_columns([name]).filter(self.filters)
             except (ValueError, pa.ArrowException):
@@ -1146,10 +1133,10 @@ class _RowLayout:
             if pa.types.is_dictionary(array.type) and array.type != kind:
                 array = array.dictionary_decode()
             value = self.fill_null.get(name)
-            any_size = (pa.types.is_list, pa.types.is_large_list)
-            if pa.types.is_fixed_size_list(kind) and any(
-                f(array.type) for f in any_size
-            ):
+            any_size = pa.types.is_list(array.type) or pa.types.is_large_list(
+                array.type
+            )
+            if any_size and pa.types.is_fixed_size_list(kind):
                 array = _check_list_sizes(array, kind.list_size, value)
             if array.type != kind:
                 # Large integers may be rounded on their way to floats.

@@ -53,6 +53,9 @@ def test_says_how_several_processes_are_started(capsys):
     launch = "torchrun --nproc-per-node=8 'my run.py'"
     assert f"or:    cd 'python 1' && {launch}  #" in capsys.readouterr().err
     assert f"    {launch}  #" in Path("python 1/my run.py").read_text()
+    assert main(["--distributed=ddp", "--json", "-o", "-"]) == 0
+    report = json.loads(capsys.readouterr().err)
+    assert report["run"] == report["launch"] == ""
 
 
 def test_json_says_the_same(capsys):

@@ -767,7 +767,6 @@ class TrainingDisplay:
         }
         values.update(speed)
         if self.bar is not None:
-            self.bar.update(step - self.step)
             self.bar.set_postfix_str(format_values(values))
         else:
             print(
@@ -779,15 +778,22 @@ class TrainingDisplay:
                 speed["memory_gb"] = round(memory_gb, 3)
             with open(self.speed_log, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **speed}) + "\n")
+        self._start_from(step)
+
+    def _start_from(self, step: int) -> None:
+        """Measure the speed from this step on."""
+        if self.bar is not None:
+            self.bar.update(step - self.step)
         self.step, self.time_s = step, time.perf_counter()
 
     def end_epoch(self, step: int, epoch: int, **values: Any) -> None:
-        """Show the results of an epoch."""
+        """Show the results of an epoch; the time since `update` counts in no speed."""
         if self.silent:
             return
         for write in self.sinks:
             write(step, {"epoch": epoch, **values})
         self.note(f"epoch {epoch}: {format_values(values)}")
+        self._start_from(step)  # evaluating took time, and was no training
 
     def note(self, text: str) -> None:
         """A line that stays, above the bar."""

@@ -324,6 +324,18 @@ def test_display_writes_speed_and_memory_to_a_file_of_its_own(tmp_path, monkeypa
     ]
 
 
+def test_speed_leaves_out_what_an_evaluation_took(tmp_path, monkeypatch):
+    clock = iter([0.0, 1.0, 1.0, 100.0, 102.0, 102.0])
+    monkeypatch.setattr("templates.profiling.time.perf_counter", lambda: next(clock))
+    path = tmp_path / "speed.jsonl"
+    with TrainingDisplay(9, 4, speed_log=path) as display:
+        display.update(2, loss=0.5)
+        display.end_epoch(3, 1, val_loss=0.25)  # at 100 s
+        display.update(5, loss=0.4)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["samples_per_s"] for line in lines] == [8, 4]
+
+
 def test_display_gives_all_that_it_shows_to_its_sinks(capsys):
     seen = []
     sinks = [lambda step, values: seen.append((step, dict(values)))] * 2

@@ -1601,7 +1601,10 @@ class _LineSource(_FileSource):
         self.encoding, self.delimiter = encoding.lower().replace("_", "-"), delimiter
         self.quote_char = quote_char
         self.names: dict[str, list[str]] = {}
-        super().__init__(*args)
+        # All files' pieces in one pool: what it holds does not grow with the files.
+        with ThreadPoolExecutor(min(4, _usable_cpu_count())) as self._scanners:
+            super().__init__(*args)
+        del self._scanners  # cannot be sent to a worker
 
     def _is_json(self, file: str) -> bool:
         return ".json" in Path(file).name or ".ndjson" in Path(file).name
@@ -1639,14 +1642,11 @@ class _LineSource(_FileSource):
             piece = opened.read_at(_LINE_BLOCK_BYTES + lead, start - lead)
             return _scan_lines(piece, lead, quote)
 
-        with (
-            self.filesystem.open_input_file(file) as opened,
-            ThreadPoolExecutor(min(4, _usable_cpu_count())) as pool,
-        ):
+        with self.filesystem.open_input_file(file) as opened:
             for some in range(0, len(starts), 4096):  # a bounded number of futures
                 part = starts[some : some + 4096]
                 for start, (counts, stops, odd) in zip(
-                    part, pool.map(scan, part), strict=True
+                    part, self._scanners.map(scan, part), strict=True
                 ):
                     if stops[state] >= 0:
                         end = start + stops[state]
@@ -1660,6 +1660,11 @@ class _LineSource(_FileSource):
             keys.append((begin, size - begin))
         return rows, keys
 
+    def _first_rows(self, file: str, data: bytes) -> bytes:
+        """Return the rows that end in the first megabyte."""
+        _, (stop, _), _ = _scan_lines(data[: 1 << 20], 0, self._quote(file))
+        return data[: max(0, stop)]
+
     def _index_file(self, file: str) -> tuple[Any, list[int], list[Any], int]:
         if self._is_whole(file):
             head, count, nbytes = b"", 0, 0
@@ -1672,18 +1677,19 @@ class _LineSource(_FileSource):
             rows, keys = self._scan_file(file)
             nbytes = sum(length for _, length in keys)
             with self.filesystem.open_input_file(file) as opened:
-                head = opened.read_at(keys[0][1] if keys else 0, 0)
+                block = keys[0][1] if keys else 0
+                head = opened.read_at(min(block, 1 << 20), 0)
+                if not self._first_rows(file, head):  # a row of more than that
+                    head = opened.read_at(block, 0)
         if not head:
             raise DataError(f"{file} is empty: remove it, or {_SKIP_IT}")
-        # The types are those of the first megabyte's rows.
-        _, (stop, _), _ = _scan_lines(head[: 1 << 20], 0, self._quote(file))
-        head = head[: max(0, stop)] or head
-        table = self._parse(file, head, None)
+        head = self._first_rows(file, head) or head  # types are those of these rows
+        table = self._parse(file, head, None, self.given_types, all_columns=True)
         given = [name for name in self.given_types if name in table.schema.names]
         if self._is_json(file) and any(
             table[name].null_count == len(table) for name in given
         ):  # Arrow makes a column of a key that no row has, if its type is given
-            found = self._parse(file, head, None, typed=False).schema.names
+            found = self._parse(file, head, None, {}, all_columns=True).schema.names
             table = table.select([n for n in table.schema.names if n in found])
         schema = table.schema
         rows[0] -= not self._is_json(file)
@@ -1695,13 +1701,18 @@ class _LineSource(_FileSource):
         file: str,
         data: bytes | memoryview,
         names: list[str] | None,
-        typed: bool = True,
+        types: dict[str, Any],
+        all_columns: bool = False,
     ) -> Any:
-        """Parse whole rows; `names` None: the first row of the file is among them."""
+        """Parse whole rows into the columns that have a type here.
+
+        Args:
+            names: of all columns; None: the first row of the file is among the rows.
+            all_columns: the others as well, with the types that Arrow finds.
+        """
         pa = _import_data_package("pyarrow", "pyarrow")
         if not self._is_whole(file) and self.encoding not in ("utf-8", "utf8"):
             data = str(data, self.encoding).encode()
-        types = (self.types or self.given_types) if typed else {}
         if self._is_json(file):
             pa_json = _import_data_package("pyarrow.json", "pyarrow")
             table = pa_json.read_json(
@@ -1709,7 +1720,7 @@ class _LineSource(_FileSource):
                 pa_json.ReadOptions(use_threads=False, block_size=len(data) + 1),
                 pa_json.ParseOptions(
                     explicit_schema=pa.schema(types.items()),
-                    unexpected_field_behavior="ignore" if self.types else "infer",
+                    unexpected_field_behavior="infer" if all_columns else "ignore",
                 ),
             )
             table.validate(full=True)  # that texts are UTF-8, as read_csv does
@@ -1729,7 +1740,8 @@ class _LineSource(_FileSource):
                 newlines_in_values=True,
             ),
             pa_csv.ConvertOptions(
-                column_types=types, include_columns=list(self.types) or None
+                column_types=types,
+                include_columns=None if all_columns else list(types),
             ),
         )
 
@@ -1749,7 +1761,7 @@ class _LineSource(_FileSource):
                 blocks = [_read_piece(opened, offset, length)]
         names = None if offset == 0 else self.names[file]
         for data in blocks:
-            table = self._parse(file, data, names)
+            table = self._parse(file, data, names, self.types)
             names = self.names[file]
             yield from table.to_batches()
 

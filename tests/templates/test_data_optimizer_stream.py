@@ -10,6 +10,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from templates.data_optimizer import (
     StreamingParquetDataset,
     StreamingTextDataset,
     _EpochPlan,
+    _LineSource,
     _list_data_files,
     open_text_stream,
 )
@@ -600,6 +602,27 @@ def test_text_formats(text_file, monkeypatch):
     assert [b["text"] for b in workers] == [b["text"] for b in whole]
 
 
+def test_text_files_that_are_indexed_late_keep_all_their_columns(tmp_path, monkeypatch):
+    monkeypatch.setattr("templates.data_optimizer._LINE_BLOCK_BYTES", 200)
+    texts = [f"text, {i}" for i in range(100)]
+    for part, name in enumerate(["a.csv", "b.csv"]):
+        rows = [f'{i},"{t}",x' for i, t in enumerate(texts[50 * part : 50 * part + 50])]
+        (tmp_path / name).write_text("\n".join(["n,text,other", *rows]))
+    index_file = _LineSource._index_file
+
+    def index_late(source, file):
+        if file.endswith("b.csv"):  # when the columns were taken from the first
+            for _ in range(1000):
+                if source.first_file:
+                    break
+                time.sleep(0.01)
+            assert source.first_file
+        return index_file(source, file)
+
+    monkeypatch.setattr(_LineSource, "_index_file", index_late)
+    assert list(StreamingTextDataset(tmp_path)) == texts
+
+
 def test_text_encodings_blank_lines_and_no_last_newline(tmp_path):
     path = tmp_path / "t.csv"
     for encoding in ("utf-8", "utf-8-sig", "latin-1", "utf-16", "cp949"):
@@ -655,7 +678,7 @@ def test_text_kept_as_parquet_is_the_same_and_made_once(
     assert whole[0]["y"].unique().tolist() == [0.5]
     with monkeypatch.context() as patch:
 
-        def parse(*values):
+        def parse(*values, **options):
             raise AssertionError("it is converted already")
 
         patch.setattr("templates.data_optimizer._LineSource._parse", parse)

@@ -396,6 +396,7 @@ class _BlockSource(abc.ABC):
         together: how many large blocks to read side by side.
         on_error: "raise" or "skip", for what cannot be read.
         skipped: what could not be read, file and cause.
+        lost: block -> numbers of its rows, sorted, that `block_rows` does not count.
     """
 
     files: list[str]
@@ -408,18 +409,92 @@ class _BlockSource(abc.ABC):
     together: int
     on_error: str
     skipped: list[str]
+    lost: dict[int, Any]
 
     @abc.abstractmethod
+    def _read_all(
+        self, block: int, batch_rows: int, convert: Callable[[str, str, Any], Any]
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield what `read` does, with the rows that are lost."""
+
     def read(
         self, block: int, batch_rows: int, convert: Callable[[str, str, Any], Any]
-    ) -> Iterator[tuple[int, list[Any]]]:
-        """Yield (rows, converted arrays in the order of `types`) of a block."""
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield (rows, converted arrays in the order of `types`) of a block.
+
+        In place of the arrays comes a DataError for rows that are skipped.
+        """
+        read = self._read_all(block, batch_rows, convert)
+        if block not in self.lost:
+            yield from read
+            return
+        np = _import_data_package("numpy", "numpy")
+        lost, begin = self.lost[block], 0
+        for rows, arrays in read:
+            low, high = np.searchsorted(lost, [begin, begin + rows])
+            keep = np.ones(rows, dtype=bool)
+            keep[lost[low:high] - begin] = False
+            begin += rows
+            if high - low < rows:
+                yield rows - (high - low), _filter_rows(arrays, keep)
 
     def select(self, column: str) -> "_BlockSource":
         """Return the same rows with one column."""
         selected = copy.copy(self)
         selected.types = {column: self.types[column]}
         return selected
+
+
+def _count_rows(rows: int) -> str:
+    return f"{rows} row{'' if rows == 1 else 's'}"
+
+
+def _filter_rows(arrays: Any, keep: Any) -> Any:
+    """Return the rows that are marked, of arrays or of what stands for lost rows."""
+    if isinstance(arrays, DataError):
+        return arrays
+    mask = _import_data_package("pyarrow", "pyarrow").array(keep)
+    return [array.filter(mask) for array in arrays]
+
+
+def _try_in_halves(
+    attempt: Callable[[int, int], Any], rows: int, refusals: tuple[type, ...]
+) -> tuple[list[tuple[int, Any]], list[tuple[int, Exception]]]:
+    """Call attempt(low, high) for all rows, in halves where it refuses them.
+
+    After a thousand errors, and more than good rows, the rest counts as refused.
+
+    Returns:
+        [(rows, what attempt gives, or None for rows that it refuses), ...] in order,
+        and [(row, its error), ...].
+    """
+    pieces: list[tuple[int, Any]] = []
+    errors: list[tuple[int, Exception]] = []
+    todo, good = [(0, rows)], 0
+    while todo:
+        low, high = todo.pop()
+        try:
+            if len(errors) < max(1000, good):  # else it is not worth the time
+                pieces.append((high - low, attempt(low, high)))
+                good += high - low
+                continue
+        except refusals as error:
+            if high - low > 1:
+                middle = (low + high) // 2
+                todo += [(middle, high), (low, middle)]
+                continue
+            errors.append((low, error))
+        pieces.append((high - low, None))
+    return pieces, errors
+
+
+def _stand_for_lost(
+    pieces: list[tuple[int, Any]], error: DataError
+) -> list[tuple[int, Any]]:
+    """Put an error, with their number, in the place of all rows that are lost."""
+    count = sum(rows for rows, piece in pieces if piece is None)
+    told = DataError(f"{error} ({_count_rows(count)})")
+    return [(rows, told if piece is None else piece) for rows, piece in pieces]
 
 
 class _FileSource(_BlockSource):
@@ -449,6 +524,7 @@ class _FileSource(_BlockSource):
             for name, kind in (column_types or {}).items()
         }
         self.types, self.skipped, self.first_file = {}, [], ""
+        self.lost = {}
         blocks: list[tuple[int, int, Any]] = []
         size = 0
         # Footers of many remote files arrive together; 16 requests are polite.
@@ -469,7 +545,8 @@ class _FileSource(_BlockSource):
                 except DataError as error:
                     if on_error == "raise":
                         raise
-                    self.skipped.append(f"{error} (the whole file, {sum(rows)} rows)")
+                    told = f"{error} (the whole file, {_count_rows(sum(rows))})"
+                    self.skipped.append(told)
                     continue
                 blocks += [(number, r, k) for r, k in zip(rows, keys, strict=True)]
                 size += nbytes
@@ -484,6 +561,7 @@ class _FileSource(_BlockSource):
             )
         self.block_file = np.array([b[0] for b in blocks], dtype=np.int64)
         self.block_rows = np.array([b[1] for b in blocks], dtype=np.int64)
+        self.stored_rows = self.block_rows  # those that are left out later as well
         self.block_key = [b[2] for b in blocks]
         self.row_bytes = max(1, size // max(1, int(self.block_rows.sum())))
 
@@ -546,8 +624,11 @@ class _FileSource(_BlockSource):
         """Name a block for a person to find it."""
 
     @abc.abstractmethod
-    def _read_raw(self, block: int, batch_rows: int) -> Iterator[Any]:
-        """Yield a block as Arrow record batches of at most about batch_rows rows."""
+    def _read_raw(self, block: int, batch_rows: int) -> Iterator[tuple[int, Any]]:
+        """Yield (rows, Arrow record batch of at most about batch_rows rows) of a block.
+
+        In place of the batch comes a DataError for rows that are skipped.
+        """
 
     def _check_schema(self, file: str, schema: Any) -> None:
         """Take the columns from the first file and hold the others against them."""
@@ -578,25 +659,50 @@ class _FileSource(_BlockSource):
                     f"{{{name!r}: {str(known)!r}}}"
                 )
 
-    def read(
+    def _read_all(
         self, block: int, batch_rows: int, convert: Callable[[str, str, Any], Any]
-    ) -> Iterator[tuple[int, list[Any]]]:
-        """Yield (rows, converted arrays in the order of `types`) of a block."""
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield what `read` does, with the rows that are lost."""
         pa = _import_data_package("pyarrow", "pyarrow")
-        file = self.files[self.block_file[block]]
-        left = int(self.block_rows[block])
+        file, begin = self.files[self.block_file[block]], 0
         try:
-            for batch in self._read_raw(block, batch_rows):
-                left -= batch.num_rows
-                arrays = [
-                    convert(file, name, batch.column(name)) for name in self.types
-                ]
-                yield batch.num_rows, arrays
+            for rows, batch in self._read_raw(block, batch_rows):
+                if isinstance(batch, DataError):
+                    yield rows, batch
+                else:
+                    yield from self._convert(block, begin, batch, convert)
+                begin += rows
         except DataError:
             raise
         except (OSError, ValueError, pa.ArrowException) as error:
             raise self._unreadable(self._describe(block), error) from error
-        self._check_rows(file, left)
+        self._check_rows(file, int(self.stored_rows[block]) - begin)
+
+    def _convert(
+        self,
+        block: int,
+        begin: int,
+        batch: Any,
+        convert: Callable[[str, str, Any], Any],
+    ) -> Iterable[tuple[int, Any]]:
+        """Convert the columns of a record batch, a block's rows from `begin` on.
+
+        With on_error="skip" an error stands for the rows that cannot be converted.
+        """
+        file = self.files[self.block_file[block]]
+
+        def attempt(low: int, high: int) -> list[Any]:
+            part = batch.slice(low, high - low)
+            return [convert(file, name, part.column(name)) for name in self.types]
+
+        if self.on_error == "raise":
+            return [(batch.num_rows, attempt(0, batch.num_rows))]
+        pieces, errors = _try_in_halves(attempt, batch.num_rows, (DataError,))
+        if not errors:
+            return pieces
+        row, error = errors[0]
+        where = f"row {begin + row} of {self._describe(block)}"
+        return _stand_for_lost(pieces, DataError(f"{error}, in {where}"))
 
     def _check_rows(self, file: str, missing: int) -> None:
         if missing:
@@ -714,14 +820,14 @@ class _ParquetSource(_FileSource):
         file = self.files[self.block_file[block]]
         return f"{file}, row group {self.block_key[block]}"
 
-    def _read_raw(self, block: int, batch_rows: int) -> Iterator[Any]:
+    def _read_raw(self, block: int, batch_rows: int) -> Iterator[tuple[int, Any]]:
         pa = _import_data_package("pyarrow", "pyarrow")
         file = self.files[self.block_file[block]]
         hive = self._hive_values(file)
         with self._open(file) as opened:
             if self.filters is None:  # a block is not read beyond the rows it had
                 group = opened.metadata.row_group(self.block_key[block])
-                self._check_rows(file, int(self.block_rows[block]) - group.num_rows)
+                self._check_rows(file, int(self.stored_rows[block]) - group.num_rows)
             stored = opened.schema_arrow.names
             needed = [*self.types, *self.filter_columns]
             columns = [name for name in dict.fromkeys(needed) if name in stored]
@@ -732,11 +838,10 @@ class _ParquetSource(_FileSource):
                     if name not in stored:
                         constant = pa.repeat(value, batch.num_rows)
                         batch = batch.append_column(name, constant)
-                if self.filters is None:
-                    yield batch
-                else:
-                    table = pa.Table.from_batches([batch])
-                    yield from table.filter(self.filters).to_batches()
+                table = pa.Table.from_batches([batch])
+                if self.filters is not None:
+                    table = table.filter(self.filters)
+                yield from ((part.num_rows, part) for part in table.to_batches())
 
 
 class _SplitSource(_BlockSource):
@@ -753,6 +858,7 @@ class _SplitSource(_BlockSource):
         self.first_file, self.types = source.first_file, source.types
         self.row_bytes, self.together = source.row_bytes, source.together
         self.on_error, self.skipped = source.on_error, source.skipped  # one list
+        self.chosen_by, self.lost = source.chosen_by, {}
         self.inner, self.count, self.drawn = source, count, drawn
         self.salt = random.Random(f"split/{seed}").getrandbits(64)
         self.total = int(source.block_rows.sum())
@@ -785,12 +891,11 @@ class _SplitSource(_BlockSource):
         selected.inner = self.inner.select(column)
         return selected
 
-    def read(
+    def _read_all(
         self, block: int, batch_rows: int, convert: Callable[[str, str, Any], Any]
-    ) -> Iterator[tuple[int, list[Any]]]:
-        """Yield (rows, converted arrays in the order of `types`) of a block."""
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield what `read` does, with the rows that are lost."""
         np = _import_data_package("numpy", "numpy")
-        pa = _import_data_package("pyarrow", "pyarrow")
         begin = int(self.starts[block])
         for rows, arrays in self.inner.read(block, batch_rows, convert):
             first = begin * self.count // self.total
@@ -800,8 +905,7 @@ class _SplitSource(_BlockSource):
             keep = np.full(rows, not self.drawn)
             keep[found[(found >= 0) & (found < rows)]] = self.drawn
             begin += rows
-            mask = pa.array(keep)
-            yield int(keep.sum()), [array.filter(mask) for array in arrays]
+            yield int(keep.sum()), _filter_rows(arrays, keep)
 
 
 # --- Streams, part 2: in which order they come
@@ -1017,12 +1121,13 @@ def _check_list_sizes(array: Any, size: int, fill: Any) -> Any:
 class _BlockReader:
     """Reads stretches of one block, in order, as slices of what is decoded."""
 
-    def __init__(self, batches: Iterator[tuple[int, list[Any]]]):
+    def __init__(self, batches: Iterator[tuple[int, Any]]):
         self._batches = batches
-        self._position, self._left, self._arrays = 0, 0, []
+        self._position, self._left = 0, 0
+        self._arrays: Any = []
 
-    def read(self, low: int, high: int) -> list[tuple[int, list[Any]]]:
-        """Return [(rows, arrays), ...] of the block's rows low to high."""
+    def read(self, low: int, high: int) -> list[tuple[int, Any]]:
+        """Return [(rows, arrays or an error), ...] of the block's rows low to high."""
         pieces = []
         while self._position < high:
             if not self._left:
@@ -1031,9 +1136,12 @@ class _BlockReader:
             # Rows before `low` are decoded and dropped.
             stop = low if self._position < low else high
             take = min(self._left, stop - self._position)
+            part = self._arrays
+            if not isinstance(part, DataError):
+                part = [array.slice(0, take) for array in self._arrays]
+                self._arrays = [array.slice(take) for array in self._arrays]
             if self._position >= low:
-                pieces.append((take, [array.slice(0, take) for array in self._arrays]))
-            self._arrays = [array.slice(take) for array in self._arrays]
+                pieces.append((take, part))
             self._left -= take
             self._position += take
         return pieces
@@ -1054,10 +1162,12 @@ class _RowLayout:
         fill_null: dict[str, Any] | None = None,
         as_rows: bool = False,
         stack: dict[str, list[str]] | None = None,
+        required: Sequence[str] = (),
     ):
         np = _import_data_package("numpy", "numpy")
         pa = _import_data_package("pyarrow", "pyarrow")
         self.as_rows, self.fill_null = as_rows, fill_null or {}
+        self.required = required
         self.types: dict[str, Any] = {}
         # (name of a matrix that goes into the batch as a whole, its columns, NumPy
         # type, values in a row if it has such a name, else 0).
@@ -1149,6 +1259,10 @@ class _RowLayout:
                 array = array.fill_null(pa.scalar(value, kind))
         except (pa.ArrowException, ValueError, TypeError) as error:
             raise DataError(f"column {name!r} of {file}: {error}") from error
+        if array.null_count and name in self.required:
+            raise DataError(
+                f"column {name!r} of {file} has nulls: fill them, or {_SKIP_IT}"
+            )
         if self.as_rows:
             return array
         nulls = array.null_count
@@ -1454,6 +1568,7 @@ class _WindowFeed(IterableDataset):
         pa = _import_data_package("pyarrow", "pyarrow")
         source, layout = self.stream.source, self.layout
         others: list[list[Any]] = [[] for _ in layout.others]
+        lost = [np.empty(0, dtype=np.int64)]
         at = begin - base
         if before:
             wait([before])
@@ -1465,10 +1580,17 @@ class _WindowFeed(IterableDataset):
             if reader is None:
                 raise DataError("was skipped before")
             for rows, arrays in reader.read(low, high) if low < high else ():
-                layout.place(chunk, at, rows, arrays)
+                if isinstance(arrays, DataError):
+                    if str(arrays) not in source.skipped:
+                        source.skipped.append(str(arrays))
+                    lost.append(np.arange(base + at, base + at + rows))
+                    texts = [pa.nulls(rows, kind) for kind in layout.schema.types]
+                else:
+                    layout.place(chunk, at, rows, arrays)
+                    texts = [arrays[i] for i in layout.others]
                 at += rows
-                for values, i in zip(others, layout.others, strict=True):
-                    values.append(arrays[i])
+                for values, text in zip(others, texts, strict=True):
+                    values.append(text)
             if high == source.block_rows[block]:
                 del readers[block]  # closes the file
         except DataError as error:
@@ -1477,13 +1599,13 @@ class _WindowFeed(IterableDataset):
             if readers.get(block, self) is not None:
                 rows = source.block_rows[block] - low
                 if not any(told.startswith(str(error)) for told in source.skipped):
-                    source.skipped.append(f"{error} ({rows} rows)")
+                    source.skipped.append(f"{error} ({_count_rows(rows)})")
             readers[block] = None
-            lost = [[pa.nulls(high - low, kind)] for kind in layout.schema.types]
-            return lost, np.arange(begin, begin + high - low)
+            others = [[pa.nulls(high - low, kind)] for kind in layout.schema.types]
+            return others, np.arange(begin, begin + high - low)
         if others and get_worker_info():  # its allocator keeps 70 MB of texts else
             pa.default_memory_pool().release_unused()
-        return others, np.empty(0, dtype=np.int64)
+        return others, np.concatenate(lost)
 
     def _join(self, done: list[Any]) -> tuple[Any, list[Any]]:
         """Return the rows that were lost, and the columns that are in no matrix."""
@@ -1523,18 +1645,17 @@ def _read_piece(opened: Any, offset: int, nbytes: int) -> memoryview:
     return piece[: opened.readinto(piece)]
 
 
-def _scan_lines(
+def _find_lines(
     piece: bytes, lead: int, quote: int | None
-) -> tuple[list[int], list[int], int]:
-    """Find the rows of a piece of a file, whether or not it begins inside of quotes.
+) -> tuple[Any, Any, Any, int]:
+    """Find the newlines of a piece of a file, which may begin inside of quotes.
 
     Args:
         piece: begins with `lead` bytes of the piece before.
 
     Returns:
-        for a piece that begins outside of quotes, and for one that begins inside: the
-        rows that end in it (blank lines do not count) and where the last of them ends
-        (-1: nowhere); and whether the number of quotes is odd.
+        where each newline is, whether the number of quotes before it is odd (0 or 1),
+        whether it ends a blank line; and whether the number of all quotes is odd.
     """
     np = _import_data_package("numpy", "numpy")
     letters = np.frombuffer(piece, np.uint8)
@@ -1548,20 +1669,38 @@ def _scan_lines(
     marks = np.concatenate([np.empty(0, np.int64), *marks])
     is_quote = letters[marks] != 10
     inside = np.cumsum(is_quote, dtype=np.int32) & 1
-    ends, inside_ends = marks[~is_quote], inside[~is_quote]
+    ends = marks[~is_quote]
     # Blank: right after another newline, with or without a carriage return.
     before, second = (
         np.where(ends < back, 10, letters[np.maximum(ends - back, 0)])
         for back in (1, 2)  # a file begins a line
     )
     blank = (before == 10) | ((before == 13) & (second == 10))
+    return ends, inside[~is_quote], blank, int(np.count_nonzero(is_quote)) & 1
+
+
+def _scan_lines(
+    piece: bytes, lead: int, quote: int | None
+) -> tuple[list[int], list[int], int]:
+    """Count the rows of a piece of a file, whether or not it begins inside of quotes.
+
+    Args:
+        piece: begins with `lead` bytes of the piece before.
+
+    Returns:
+        for a piece that begins outside of quotes, and for one that begins inside: the
+        rows that end in it (blank lines do not count) and where the last of them ends
+        (-1: nowhere); and whether the number of quotes is odd.
+    """
+    np = _import_data_package("numpy", "numpy")
+    ends, inside, blank, odd = _find_lines(piece, lead, quote)
     rows, stops = [], []
     for state in (0, 1):
-        is_end = inside_ends == state
+        is_end = inside == state
         rows.append(int(np.count_nonzero(is_end & ~blank)))
         last = ends[is_end][-1:]
         stops.append(int(last[0]) + 1 - lead if len(last) else -1)
-    return rows, stops, int(np.count_nonzero(is_quote)) & 1
+    return rows, stops, odd
 
 
 def _cut_lines(
@@ -1660,6 +1799,48 @@ class _LineSource(_FileSource):
             keys.append((begin, size - begin))
         return rows, keys
 
+    def _infer_types(self, file: str, head: bytes, types: dict[str, Any]) -> Any:
+        """Parse the first rows of a file, with the types given or that Arrow finds.
+
+        With on_error="skip" without those that cannot be parsed. A key of JSONL that
+        nobody asked for may change its type.
+        """
+        pa = _import_data_package("pyarrow", "pyarrow")
+        refusals, is_json = (ValueError, pa.ArrowException), self._is_json(file)
+
+        def parse(data: bytes) -> Any:
+            try:
+                return self._parse(file, data, None, types, all_columns=True)
+            except refusals as error:
+                if not is_json or self.wanted is None:
+                    raise
+                try:
+                    rows = [json.loads(line) for line in data.split(b"\n") if line]
+                    keys = [k for k in self.wanted if any(k in row for row in rows)]
+                    return pa.table({k: [row.get(k) for row in rows] for k in keys})
+                except (*refusals, TypeError, AttributeError):  # not even these
+                    raise error from None
+
+        try:
+            return parse(head)
+        except refusals:
+            if self.on_error == "raise":
+                raise
+        bounds = self._find_rows(file, head)
+        header = head[: 0 if is_json else bounds[1]]
+        bounds = bounds if is_json else bounds[1:]
+
+        def attempt(low: int, high: int) -> bytes:
+            rows = head[bounds[low] : bounds[high]]
+            parse(header + rows)
+            return rows
+
+        pieces, errors = _try_in_halves(attempt, len(bounds) - 1, refusals)
+        good = b"".join(rows for _, rows in pieces if rows)
+        if not good:
+            raise errors[0][1]
+        return parse(header + good)
+
     def _first_rows(self, file: str, data: bytes) -> bytes:
         """Return the rows that end in the first megabyte."""
         _, (stop, _), _ = _scan_lines(data[: 1 << 20], 0, self._quote(file))
@@ -1682,14 +1863,14 @@ class _LineSource(_FileSource):
                 if not self._first_rows(file, head):  # a row of more than that
                     head = opened.read_at(block, 0)
         if not head:
-            raise DataError(f"{file} is empty: remove it, or {_SKIP_IT}")
+            raise ValueError("it is empty")
         head = self._first_rows(file, head) or head  # types are those of these rows
-        table = self._parse(file, head, None, self.given_types, all_columns=True)
+        table = self._infer_types(file, head, self.given_types)
         given = [name for name in self.given_types if name in table.schema.names]
         if self._is_json(file) and any(
             table[name].null_count == len(table) for name in given
         ):  # Arrow makes a column of a key that no row has, if its type is given
-            found = self._parse(file, head, None, {}, all_columns=True).schema.names
+            found = self._infer_types(file, head, {}).schema.names
             table = table.select([n for n in table.schema.names if n in found])
         schema = table.schema
         rows[0] -= not self._is_json(file)
@@ -1750,20 +1931,79 @@ class _LineSource(_FileSource):
         offset, length = self.block_key[block]
         return file if length < 0 else f"{file}, bytes {offset} to {offset + length}"
 
-    def _read_raw(self, block: int, batch_rows: int) -> Iterator[Any]:
+    def _find_rows(self, file: str, data: bytes | memoryview) -> list[int]:
+        """Return where the rows of a block begin, and where the last one ends."""
+        ends, inside, blank, _ = _find_lines(data, 0, self._quote(file))
+        bounds = [0, *(ends[(inside == 0) & ~blank] + 1).tolist()]
+        if bytes(data[bounds[-1] :]).strip(b"\r\n"):  # no newline at the end
+            bounds.append(len(data))
+        return bounds
+
+    def _parse_rows(
+        self,
+        file: str,
+        data: bytes | memoryview,
+        names: list[str] | None,
+        rows: int,
+        begin: int,
+    ) -> list[tuple[int, Any]]:
+        """Parse whole rows: [(rows, table), ...].
+
+        With on_error="skip" an error stands for the rows that cannot be parsed.
+
+        Args:
+            rows: how many there are.
+            begin: where in the file, or in its text, the data begins.
+        """
+        pa = _import_data_package("pyarrow", "pyarrow")
+        try:
+            table = self._parse(file, data, names, self.types)
+            if table.num_rows == rows or self.on_error == "raise":
+                return [(table.num_rows, table)]
+        except (ValueError, pa.ArrowException):
+            if self.on_error == "raise":
+                raise
+        bounds = self._find_rows(file, data)
+        if names is None and not self._is_json(file):
+            names, bounds = self.names[file], bounds[1:]
+
+        def attempt(low: int, high: int) -> Any:
+            part = data[bounds[low] : bounds[high]]
+            table = self._parse(file, part, names, self.types)
+            if table.num_rows != high - low:
+                raise ValueError("its quotes do not go together")
+            return table
+
+        refusals = (ValueError, pa.ArrowException)
+        pieces, errors = _try_in_halves(attempt, len(bounds) - 1, refusals)
+        if not errors:
+            return pieces
+        row, error = errors[0]
+        cause = ValueError(re.sub(r"Row #1: |,? in row 0", "", str(error)))
+        where = f"{file}, the row at byte {begin + bounds[row]}"
+        return _stand_for_lost(pieces, self._unreadable(where, cause))
+
+    def _read_raw(self, block: int, batch_rows: int) -> Iterator[tuple[int, Any]]:
         file = self.files[self.block_file[block]]
         offset, length = self.block_key[block]
-        blocks: Iterable[bytes | memoryview]
+        header = int(offset == 0 and not self._is_json(file))
+        blocks: Iterable[tuple[bytes | memoryview, int]]
         if length < 0:
-            blocks = (data for data, _ in self._cut_file(file))
+            blocks = self._cut_file(file)
         else:
+            rows = int(self.stored_rows[block]) + header
             with self.filesystem.open_input_file(file) as opened:
-                blocks = [_read_piece(opened, offset, length)]
+                blocks = [(_read_piece(opened, offset, length), rows)]
         names = None if offset == 0 else self.names[file]
-        for data in blocks:
-            table = self._parse(file, data, names, self.types)
-            names = self.names[file]
-            yield from table.to_batches()
+        for data, rows in blocks:
+            read = self._parse_rows(file, data, names, rows - header, offset)
+            for count, table in read:
+                if isinstance(table, DataError):
+                    yield count, table
+                else:
+                    yield from ((part.num_rows, part) for part in table.to_batches())
+            names, header = self.names[file], 0
+            offset += len(data)
 
 
 def _read_in_order(source: _LineSource) -> Iterator[Any]:
@@ -1773,6 +2013,8 @@ def _read_in_order(source: _LineSource) -> Iterator[Any]:
 
     def read(block: int) -> Iterator[Any]:
         for _, arrays in source.read(block, 1 << 16, lambda *given: given[2]):
+            if isinstance(arrays, DataError):
+                raise arrays
             yield pa.table(arrays, names=schema.names).cast(schema)
 
     threads = min(4, _usable_cpu_count())
@@ -1877,6 +2119,7 @@ class _ColumnStream(IterableDataset):
     ):
         self.batch_size = batch_size
         self.shuffle, self.seed, self.fill_null = shuffle, seed, fill_null
+        self.required: Sequence[str] = ()
         self.rank, self.world_size = _data_rank(rank, world_size)
         # A few MB shuffle in the cache; twice the rows took half as long again.
         bounded = max(1024, min(1 << 15, (16 << 20) // source.row_bytes))
@@ -1896,7 +2139,9 @@ class _ColumnStream(IterableDataset):
 
     def _take_source(self, source: _BlockSource) -> None:
         self.source, self.rows = source, int(source.block_rows.sum())
-        layout = _RowLayout(source, self.fill_null, as_rows=True)
+        layout = _RowLayout(
+            source, self.fill_null, as_rows=True, required=self.required
+        )
         self._row_feed = _WindowFeed(self, layout, self.batch_size, False)
 
     def split(
@@ -1924,37 +2169,71 @@ class _ColumnStream(IterableDataset):
         val.shuffle = False
         return train, val
 
-    def drop_unreadable(self) -> None:
+    def drop_unreadable(self, required: Sequence[str] = ()) -> None:
         """With on_error="skip", read all rows once and leave out what cannot be read.
 
         Else a batch has fewer rows, or none, where something cannot be read. After this
         call, before `split` and on every rank, all batches are whole.
 
+        Args:
+            required: columns (labels, for instance) without whose value a row is left
+                out as well; an empty text is none. With on_error="raise" a null in them
+                is an error where it is met.
+
         Raises:
-            DataError: no block can be read.
+            DataError: no row can be read.
         """
+        np = _import_data_package("numpy", "numpy")
         source, layout = self.source, _RowLayout(self.source, self.fill_null)
         if source.on_error == "raise":
+            self.required = required
+            self._take_source(source)
             return
 
-        def find_fault(block: int) -> str:
+        def find_lost(block: int) -> tuple[Any, list[str]]:
+            """Return which rows of a block cannot be used, and why."""
+            begin, told = 0, []
+            lost, empty = [np.empty(0, dtype=np.int64)], collections.Counter[str]()
             try:
-                for _ in source.read(block, 1 << 14, layout.convert):
-                    pass
+                for rows, arrays in source.read(block, 1 << 14, layout.convert):
+                    if isinstance(arrays, DataError):
+                        lost.append(np.arange(begin, begin + rows))
+                        told.append(str(arrays))
+                    else:
+                        columns = dict(zip(source.types, arrays, strict=True))
+                        for name in required:
+                            found = np.flatnonzero(_is_missing(columns[name]))
+                            lost.append(begin + found)
+                            empty[name] += len(found)
+                    begin += rows
             except DataError as error:
-                return f"{error} ({source.block_rows[block]} rows)"
-            return ""
+                rows = int(source.block_rows[block])
+                return np.arange(rows), [f"{error} ({_count_rows(rows)})"]
+            file = source.files[source.block_file[block]]
+            for name, count in (+empty).items():
+                told.append(
+                    f"column {name!r} of {file} is empty ({_count_rows(count)})"
+                )
+            return np.unique(np.concatenate(lost)), told
 
         blocks = source.block_rows.nonzero()[0].tolist()
-        kept = source.block_rows.copy()
+        kept, lost_rows = source.block_rows.copy(), {}
+        digest = hashlib.sha256()
         with ThreadPoolExecutor(min(4, _usable_cpu_count())) as pool:
-            for block, fault in zip(blocks, pool.map(find_fault, blocks), strict=True):
-                if fault:
-                    kept[block] = 0
-                    source.skipped.append(fault)
+            for block, (lost, told) in zip(
+                blocks, pool.map(find_lost, blocks), strict=True
+            ):
+                source.skipped += dict.fromkeys(told)
+                kept[block] -= len(lost)
+                if len(lost) and kept[block]:
+                    lost_rows[block] = lost
+                    digest.update(lost.tobytes())
         if not kept.any():
             raise DataError(f"no rows can be read, such as: {source.skipped[-1]}")
         source.block_rows = kept
+        if lost_rows:
+            source.lost = lost_rows
+            source.chosen_by = (*source.chosen_by, digest.hexdigest()[:16])
         self._take_source(source)
 
     def unique(self, column: str, limit: int = 10000) -> list[Any]:
@@ -1975,7 +2254,11 @@ class _ColumnStream(IterableDataset):
         for block in source.block_rows.nonzero()[0].tolist():
             try:
                 read = source.read(block, 1 << 16, lambda *given: given[2])
-                found = [compute.unique(array) for _, (array,) in read]
+                found = [
+                    compute.unique(arrays[0])
+                    for _, arrays in read
+                    if not isinstance(arrays, DataError)
+                ]
             except DataError:
                 if source.on_error == "raise":
                     raise
@@ -1984,8 +2267,7 @@ class _ColumnStream(IterableDataset):
             if None in values:
                 file = source.files[source.block_file[block]]
                 raise DataError(
-                    f"column {column!r} of {file} has nulls: fill them, or leave "
-                    "these rows out with filters"
+                    f"column {column!r} of {file} has nulls: fill them, or {_SKIP_IT}"
                 )
             if len(values) > limit:
                 raise DataError(
@@ -2044,6 +2326,17 @@ def _list_values(array: Any) -> list[Any]:
     if array.null_count or str(array.type) not in ("int64", "int32", "float", "double"):
         return array.to_pylist()
     return array.to_numpy().tolist()
+
+
+def _is_missing(array: Any) -> Any:
+    """Return which values of an Arrow array are null, NaN or an empty text."""
+    pa = _import_data_package("pyarrow", "pyarrow")
+    compute = _import_data_package("pyarrow.compute", "pyarrow")
+    missing = compute.is_null(array, nan_is_null=True)
+    if pa.types.is_string(array.type):
+        empty = compute.equal(compute.binary_length(array), 0).fill_null(False)
+        missing = compute.or_(missing, empty)
+    return missing.to_numpy(zero_copy_only=False)
 
 
 class StreamingTextDataset(_ColumnStream):
@@ -2316,7 +2609,9 @@ class StreamBatchLoader:
                 f"{batch_size=} must be at least 1, {strings=} be 'list' or 'arrow'"
             )
         self.stream, self.batch_size, self.drop_last = stream, batch_size, drop_last
-        self.layout = _RowLayout(stream.source, stream.fill_null, stack=stack)
+        self.layout = _RowLayout(
+            stream.source, stream.fill_null, stack=stack, required=stream.required
+        )
         pin = device is not None and device.type == "cuda"
         self.maker = _BatchMaker(self.layout, strings, pin, collate_fn)
         self.decoders = num_workers if collate_fn is None else 0
@@ -2477,7 +2772,9 @@ def split_label(
     if classes:
         return batch[features], number_labels(labels, classes)
     if labels.isnan().any():
-        raise DataError(f"column {label_column} is empty in some rows: fill them")
+        raise DataError(
+            f"column {label_column} is empty in some rows: fill them, or {_SKIP_IT}"
+        )
     return batch[features], labels.float()
 
 
@@ -2576,7 +2873,8 @@ def open_table(
         path: a file, a folder or a glob.
         objective: "classify", "regress", or "auto": a label of fractions is regressed
             on, one of whole numbers or text classified.
-        on_error: "skip" reads all rows once and leaves out what cannot be read.
+        on_error: "skip" reads all rows once and leaves out what cannot be read, and
+            rows without a label.
 
     Returns:
         Two data sets of (features (B, F), labels (B,)), and what a model has to know:
@@ -2609,7 +2907,7 @@ def open_table(
         column_types=kinds,
         on_error=on_error,
     )
-    rows.drop_unreadable()
+    rows.drop_unreadable([label_column])
     classes = []
     if not regress:
         classes, _ = number_classes(rows.unique(label_column, MAX_TABLE_CLASSES))
@@ -2645,7 +2943,8 @@ def open_text_stream(
 
     Args:
         cache_dir: of StreamingTextDataset; empty keeps nothing.
-        on_error: "skip" reads all rows once and leaves out what cannot be read.
+        on_error: "skip" reads all rows once and leaves out what cannot be read, and
+            rows in which one of the columns is empty.
         options: further ones of the dataset, such as encoding or quote_char.
 
     Raises:
@@ -2670,7 +2969,7 @@ def open_text_stream(
         first, *others = columns
         options["cache_dir"] = cache_dir or None
         rows = StreamingTextDataset(data, first, columns=others, **options)
-    rows.drop_unreadable()
+    rows.drop_unreadable(columns)
     return rows
 
 
@@ -3456,7 +3755,10 @@ def number_classes(labels: Iterable[str]) -> tuple[list[str], list[int]]:
     labels = list(labels)
     classes = sorted(set(labels))
     if "" in classes:
-        raise DataError("some labels are empty: fill them, or leave these rows out")
+        raise DataError(
+            "some labels are empty: fill them, or leave these rows out (--on-error "
+            "skip does, where data is streamed)"
+        )
     if len(classes) < 2:
         raise DataError(f"all labels are {classes}: a classifier needs two classes")
     numbers = {name: number for number, name in enumerate(classes)}
@@ -3494,7 +3796,7 @@ def describe_skipped(samples: Any, path: Path | None = None, most: int = 10) -> 
     skipped = list(dict.fromkeys(itertools.chain(*_gather_objects(skipped))))
     if not skipped:
         return ""
-    lines = [f"\n{len(skipped)} left out, which cannot be read:", *skipped[:most]]
+    lines = [f"\n{len(skipped)} left out, which cannot be used:", *skipped[:most]]
     if path and _data_rank(None, None)[0] == 0:
         path.write_text("\n".join(skipped) + "\n", encoding="utf-8")
     if len(skipped) > most:

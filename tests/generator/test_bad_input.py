@@ -145,7 +145,7 @@ def test_other_kinds_of_files_give_the_same_as_csv(kind, tmp_path):
 
 def left_out(output: str, count: int, *names: str) -> None:
     """Check that a run counts and names what it has left out when it ends."""
-    _, found, tail = output.rpartition(f"{count} left out, which cannot be read:\n")
+    _, found, tail = output.rpartition(f"{count} left out, which cannot be used:\n")
     assert found, output
     lines = list(itertools.takewhile(lambda x: x[:2] == "  ", tail.splitlines()))
     assert len(lines) == count
@@ -160,16 +160,17 @@ def test_on_error_skip_trains_on_the_rest_and_names_what_it_left_out(task, tmp_p
     data = tmp_path / "data"
     data.mkdir()
     good = Path(words[1])
-    for number in (1, 3):
+    # Of text one line is lost, of a table a row group.
+    for number in (1, 3, 4) if task == "text" else (1, 3):
         shutil.copy(good, data / f"{number}{good.suffix}")
     words[1] = str(data)
     run(script, *words, "--out-dir=whole")
-    # In the order of their names: torn between the two, damaged in its rows, no rows.
+    # In the order of their names: torn between the two, damaged in its rows.
     torn, damaged = data / f"2{good.suffix}", data / f"4{good.suffix}"
     raw = good.read_bytes()
     torn.write_bytes(b"" if task == "text" else raw[:-20])
-    middle = len(raw) // 2 if task == "text" else 40
-    damaged.write_bytes(raw[:middle] + b"\xff" * 20 + raw[middle + 20 :])
+    middle = len(raw) if task == "text" else 40
+    damaged.write_bytes(raw[:middle] + b"\xff" * 20 + b"\n" + raw[middle + 21 :])
     line = refusal(script, *words, "--out-dir=unused")
     assert str(torn) in line
     assert "--on-error skip" in line

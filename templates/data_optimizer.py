@@ -22,6 +22,7 @@ Sizes in names: B batch, C channel, H height, W width.
 """
 
 import abc
+import codecs
 import collections
 import contextlib
 import copy
@@ -313,7 +314,7 @@ def _list_data_files(
             selector = pa_fs.FileSelector(folder, recursive=True)
             listed = filesystem.get_file_info(selector)
         except OSError as error:
-            raise DataError(f"cannot list {given}: {error}") from error
+            raise DataError(f"cannot list {given}: {error}. Check the path") from error
         found = sorted(
             entry.path.removeprefix("./")
             for entry in listed
@@ -612,7 +613,9 @@ class _FileSource(_BlockSource):
         if "no kernel matching" in cause:
             remedy = "Compare its columns with values of their types in filters"
         elif re.search("utf-?8", cause, re.IGNORECASE):
-            remedy = "Pass the encoding that it has (such as 'cp1252'), repair it"
+            remedy = "Pass the encoding that it has (encoding='cp1252'), repair it"
+        elif re.search("conversion error|changed from", cause):
+            remedy = "Give the column another type in column_types, repair the file"
         return DataError(f"{text}. {remedy}, or {_SKIP_IT}")
 
     @abc.abstractmethod
@@ -637,9 +640,13 @@ class _FileSource(_BlockSource):
         wanted = schema.names if self.wanted is None else self.wanted
         for name in self.types or [*wanted, *self.given_types]:
             if name not in have:
+                marks = re.findall(r"[,;|\t]", schema.names[0])
+                hint = f" (is the delimiter {marks[0]!r}?)" if marks else ""
                 raise DataError(
-                    f"no column {name!r} in {file}: it has {', '.join(have)}"
+                    f"no column {name!r} in {file}: it has {', '.join(have)}{hint}"
                 )
+            if schema.names.count(name) > 1:
+                raise DataError(f"{file} has several columns {name!r}: rename them")
         kinds = {
             name: self.given_types.get(name, have[name])
             for name in self.types or wanted
@@ -2073,7 +2080,8 @@ def _convert_once(
     pa = _import_data_package("pyarrow", "pyarrow")
     found = filesystem.get_file_info(list(files))
     facts = [[info.path, info.size, info.mtime_ns] for info in found]
-    text = json.dumps([settings, facts], default=str)
+    way = 2  # in which it is made; 1 could mix up columns
+    text = json.dumps([way, settings, facts], default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = Path(cache_dir) / f"{digest}.parquet"
     for left in path.parent.glob(f".{path.name}.*.tmp"):  # by one that was killed
@@ -2363,7 +2371,8 @@ class StreamingTextDataset(_ColumnStream):
         cache_dir: folder in which the columns are kept as Parquet, so that only the
             first epoch parses text; takes as much disk as they do. Their order is
             another one than without. Files that have changed are converted again, what
-            was made of the old ones stays until you delete it.
+            was made of the old ones stays until you delete it. Nothing is kept where
+            on_error="skip" has left something out.
 
     Raises:
         DataError: names the file, column and remedy.
@@ -2389,6 +2398,10 @@ class StreamingTextDataset(_ColumnStream):
         window_rows: int | None = None,
         cache_dir: str | Path | None = None,
     ):
+        try:
+            codecs.lookup(encoding)
+        except LookupError as error:
+            raise DataError(f"{error}: pass one that Python knows") from None
         names = list(dict.fromkeys([text_column, *(columns or [])]))
         types = {text_column: "string", **(column_types or {})}
         style = {
@@ -2669,7 +2682,8 @@ class StreamBatchLoader:
         if state.get("order", order) != order:
             raise DataError(
                 "this state is of rows in another order: seed, shuffle, window_rows, "
-                "columns and the files' rows must be as they were when it was saved"
+                "columns, cache_dir and the files' rows must be as they were when it "
+                "was saved"
             )
         self.epoch, self.position = state["epoch"], state["position"]
         self._start = self.position
@@ -3759,6 +3773,8 @@ def number_classes(labels: Iterable[str]) -> tuple[list[str], list[int]]:
             "some labels are empty: fill them, or leave these rows out (--on-error "
             "skip does, where data is streamed)"
         )
+    if not classes:
+        raise DataError("there are no labels: the data has no rows")
     if len(classes) < 2:
         raise DataError(f"all labels are {classes}: a classifier needs two classes")
     numbers = {name: number for number, name in enumerate(classes)}

@@ -771,6 +771,9 @@ def test_errors_are_one_line_with_file_and_remedy(tmp_path, shards):
     csv.write_text("id,text\n1,a\n2\n3,c\n")
     fine, nothing = tmp_path / "fine.csv", tmp_path / "nothing.csv"
     fine.write_text("id,text\n1,a\n")
+    twice, semicolons = tmp_path / "twice.csv", tmp_path / "semicolons.csv"
+    twice.write_text("id,text,text\n1,a,b\n")
+    semicolons.write_text("id;text\n1;a\n")
     nothing.write_text("")
     jsonl = tmp_path / "t.jsonl"
     jsonl.write_text('{"text": "a"}\n{"text": \n')
@@ -786,6 +789,10 @@ def test_errors_are_one_line_with_file_and_remedy(tmp_path, shards):
         (lambda: StreamingTextDataset(nothing), r"nothing\.csv: it is empty. Repair"),
         (lambda: list(StreamingTextDataset(jsonl)), r"t\.jsonl"),
         (lambda: StreamingTextDataset(fine, "body"), "no column 'body' in .*id, text"),
+        (lambda: StreamingTextDataset(twice), r"twice\.csv has several columns 'text'"),
+        (lambda: StreamingTextDataset(semicolons), r"id;text \(is the delimiter ';'"),
+        (lambda: StreamingTextDataset(fine, encoding="latin99"), "encoding: latin99"),
+        (lambda: StreamingTextDataset("nowhere/*.csv"), r"nowhere.*Check the path"),
     ]
     for make, message in cases:
         with pytest.raises(DataError, match=message) as caught:

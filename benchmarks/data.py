@@ -336,7 +336,7 @@ def csv_parse(path: str) -> Contender:
         source = load()
 
         def parse(block: int) -> int:
-            return sum(batch.num_rows for batch in source._read_raw(block, 1 << 16))
+            return sum(rows for rows, _ in source._read_raw(block, 1 << 16))
 
         with ThreadPoolExecutor(2) as pool:
             yield from pool.map(parse, range(len(source.block_rows)))

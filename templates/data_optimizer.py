@@ -432,7 +432,7 @@ class _BlockSource(abc.ABC):
         np = _import_data_package("numpy", "numpy")
         lost, begin = self.lost[block], 0
         for rows, arrays in read:
-            low, high = np.searchsorted(lost, [begin, begin + rows])
+            low, high = np.searchsorted(lost, [begin, begin + rows]).tolist()
             keep = np.ones(rows, dtype=bool)
             keep[lost[low:high] - begin] = False
             begin += rows
@@ -1831,7 +1831,7 @@ class _LineSource(_FileSource):
         try:
             return parse(head)
         except refusals:
-            if self.on_error == "raise":
+            if self.on_error == "raise" or not head.strip():
                 raise
         bounds = self._find_rows(file, head)
         header = head[: 0 if is_json else bounds[1]]
@@ -2275,7 +2275,9 @@ class _ColumnStream(IterableDataset):
             if None in values:
                 file = source.files[source.block_file[block]]
                 raise DataError(
-                    f"column {column!r} of {file} has nulls: fill them, or {_SKIP_IT}"
+                    f"column {column!r} of {file} has nulls: fill them, or leave these "
+                    f"rows out by drop_unreadable([{column!r}]) with on_error='skip' "
+                    "(--on-error skip)"
                 )
             if len(values) > limit:
                 raise DataError(

@@ -954,6 +954,10 @@ def test_files_of_nothing_but_bad_lines_are_given_up_soon(tmp_path, monkeypatch)
     with pytest.raises(DataError, match="none of 1 files can be read"):
         StreamingTextDataset(path, on_error="skip")
     assert len(parses) < 5000
+    blank = tmp_path / "blank.csv"
+    blank.write_text("\n\r\n")
+    with pytest.raises(DataError, match=r"none of 1 files can be read.*blank\.csv"):
+        StreamingTextDataset(blank, on_error="skip")
 
 
 def test_rows_of_parquet_that_fit_no_tensor_are_left_out_one_by_one(tmp_path):

@@ -1809,8 +1809,8 @@ class _LineSource(_FileSource):
     def _infer_types(self, file: str, head: bytes, types: dict[str, Any]) -> Any:
         """Parse the first rows of a file, with the types given or that Arrow finds.
 
-        With on_error="skip" without those that cannot be parsed. A key of JSONL that
-        nobody asked for may change its type.
+        With on_error="skip" without those that cannot be parsed, or whose types are not
+        those of most. A key of JSONL that nobody asked for may change its type.
         """
         pa = _import_data_package("pyarrow", "pyarrow")
         refusals, is_json = (ValueError, pa.ArrowException), self._is_json(file)
@@ -1822,10 +1822,8 @@ class _LineSource(_FileSource):
                 if not is_json or self.wanted is None:
                     raise
                 try:
-                    rows = [json.loads(line) for line in data.split(b"\n") if line]
-                    keys = [k for k in self.wanted if any(k in row for row in rows)]
-                    return pa.table({k: [row.get(k) for row in rows] for k in keys})
-                except (*refusals, TypeError, AttributeError):  # not even these
+                    return self._parse_keys(data, types)
+                except (*refusals, TypeError):  # not even these
                     raise error from None
 
         try:
@@ -1846,7 +1844,39 @@ class _LineSource(_FileSource):
         good = b"".join(rows for _, rows in pieces if rows)
         if not good:
             raise errors[0][1]
-        return parse(header + good)
+        try:
+            return parse(header + good)
+        except refusals:  # each row by itself can be parsed
+            found = {**self._commonest_types(good), **types}
+            if found.keys() == types.keys():
+                raise
+        return self._infer_types(file, head, found)
+
+    def _parse_keys(self, lines: bytes, types: dict[str, Any]) -> Any:
+        """Parse those keys of JSONL that are wanted, whatever the others hold."""
+        pa = _import_data_package("pyarrow", "pyarrow")
+        rows = [json.loads(line) for line in lines.split(b"\n") if line]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("a line is no object")
+        keys = [key for key in self.wanted if any(key in row for row in rows)]
+        columns = {key: [row.get(key) for row in rows] for key in keys}
+        return pa.table({key: pa.array(columns[key], types.get(key)) for key in keys})
+
+    def _commonest_types(self, lines: bytes) -> dict[str, Any]:
+        """Return the type that most values of each wanted key of JSONL have."""
+        pa = _import_data_package("pyarrow", "pyarrow")
+        rows = [json.loads(line) for line in lines.split(b"\n") if line]
+
+        def kind(value: Any) -> type:
+            return float if type(value) is int else type(value)
+
+        types = {}
+        for key in self.wanted or ():
+            values = [row[key] for row in rows if row.get(key) is not None]
+            if values:
+                most = collections.Counter(map(kind, values)).most_common(1)[0][0]
+                types[key] = pa.array([v for v in values if kind(v) is most]).type
+        return types
 
     def _first_rows(self, file: str, data: bytes) -> bytes:
         """Return the rows that end in the first megabyte."""
@@ -1978,7 +2008,8 @@ class _LineSource(_FileSource):
             part = data[bounds[low] : bounds[high]]
             table = self._parse(file, part, names, self.types)
             if table.num_rows != high - low:
-                raise ValueError("its quotes do not go together")
+                close = "" if self._is_json(file) else ": close each quote"
+                raise ValueError(f"it holds {table.num_rows} rows{close}")
             return table
 
         refusals = (ValueError, pa.ArrowException)
@@ -2185,13 +2216,14 @@ class _ColumnStream(IterableDataset):
 
         Args:
             required: columns (labels, for instance) without whose value a row is left
-                out as well; an empty text is none. With on_error="raise" a null in them
-                is an error where it is met.
+                out as well; an empty text, NaN and infinity are none. With
+                on_error="raise" a null in them is an error where it is met.
 
         Raises:
             DataError: no row can be read.
         """
         np = _import_data_package("numpy", "numpy")
+        pa = _import_data_package("pyarrow", "pyarrow")
         source, layout = self.source, _RowLayout(self.source, self.fill_null)
         if source.on_error == "raise":
             self.required = required
@@ -2219,8 +2251,10 @@ class _ColumnStream(IterableDataset):
                 return np.arange(rows), [f"{error} ({_count_rows(rows)})"]
             file = source.files[source.block_file[block]]
             for name, count in (+empty).items():
+                number = pa.types.is_floating(layout.types[name])
+                what = "empty or not finite" if number else "empty"
                 told.append(
-                    f"column {name!r} of {file} is empty ({_count_rows(count)})"
+                    f"column {name!r} of {file} is {what} ({_count_rows(count)})"
                 )
             return np.unique(np.concatenate(lost)), told
 
@@ -2236,7 +2270,7 @@ class _ColumnStream(IterableDataset):
                 if len(lost) and kept[block]:
                     lost_rows[block] = lost
                     digest.update(lost.tobytes())
-        if not kept.any():
+        if blocks and not kept.any():
             raise DataError(f"no rows can be read, such as: {source.skipped[-1]}")
         source.block_rows = kept
         if lost_rows:
@@ -2339,10 +2373,12 @@ def _list_values(array: Any) -> list[Any]:
 
 
 def _is_missing(array: Any) -> Any:
-    """Return which values of an Arrow array are null, NaN or an empty text."""
+    """Return which values of an Arrow array are null, not finite or an empty text."""
     pa = _import_data_package("pyarrow", "pyarrow")
     compute = _import_data_package("pyarrow.compute", "pyarrow")
-    missing = compute.is_null(array, nan_is_null=True)
+    missing = compute.is_null(array)
+    if pa.types.is_floating(array.type):
+        missing = compute.invert(compute.is_finite(array)).fill_null(True)
     if pa.types.is_string(array.type):
         empty = compute.equal(compute.binary_length(array), 0).fill_null(False)
         missing = compute.or_(missing, empty)

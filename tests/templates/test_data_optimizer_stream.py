@@ -931,7 +931,7 @@ def test_a_quote_that_is_not_closed_leaves_the_rows_before_it(tmp_path, monkeypa
     assert data.rows == 451  # the rest of the file is one row
     assert list(data) == [text for _, text, _ in rows[:450]]
     (line,) = data.skipped
-    assert line.endswith("its quotes do not go together (1 row)")
+    assert line.endswith("it holds 451 rows: close each quote (1 row)")
 
 
 def test_files_of_nothing_but_bad_lines_are_given_up_soon(tmp_path, monkeypatch):
@@ -984,10 +984,15 @@ def test_rows_without_a_required_value(tmp_path):
     for read in (lambda: list(data), lambda: list(StreamBatchLoader(data, 2))):
         with pytest.raises(DataError, match=r"'text' of .*t\.jsonl has nulls: fill"):
             read()
-    write(tmp_path / "a.parquet", y=[0.5, float("nan"), None, 2.0])
+    write(tmp_path / "a.parquet", y=[0.5, float("nan"), None, 2.0, float("inf")])
     data = StreamingParquetDataset(tmp_path / "a.parquet", on_error="skip")
     data.drop_unreadable(["y"])
     assert [row["y"] for row in data] == [0.5, 2.0]
+    assert data.skipped[0].endswith("a.parquet is empty or not finite (3 rows)")
+    (tmp_path / "head.csv").write_text("text\n")
+    data = StreamingTextDataset(tmp_path / "head.csv", on_error="skip")
+    data.drop_unreadable()  # nothing is lost where nothing is
+    assert (data.rows, data.skipped) == (0, [])
 
 
 def test_a_key_that_nobody_asked_for_may_change_its_type(tmp_path):
@@ -997,6 +1002,24 @@ def test_a_key_that_nobody_asked_for_may_change_its_type(tmp_path):
     assert list(StreamingTextDataset(path)) == ["a", "b", "c"]
     with pytest.raises(DataError, match=r"other.*changed"):
         StreamingTextDataset(path, columns=["other"])
+
+
+@pytest.mark.parametrize("bad", ['"text": 5', '"text": {"a": 1}', '"n": true', "]"])
+@pytest.mark.parametrize("place", [0, 3, 19])
+def test_types_of_jsonl_are_those_of_most_rows(bad, place, tmp_path):
+    path = tmp_path / "t.jsonl"
+    lines = [json.dumps({"text": f"t{i}", "n": i / 2}) for i in range(20)]
+    lines[:0] = ["[1, 2]"]
+    lines.insert(place, "{" + bad + "}")
+    path.write_text("\n".join(lines))
+    data = StreamingTextDataset(path, columns=["n"], on_error="skip")
+    data.drop_unreadable()
+    (batch,) = StreamBatchLoader(data, 20)
+    assert batch["text"] == [f"t{i}" for i in range(20)]
+    assert batch["n"].tolist() == [i / 2 for i in range(20)]
+    assert sum(map(lost_rows, data.skipped)) == 2
+    with pytest.raises(DataError, match=r"t\.jsonl: JSON parse error"):
+        StreamingTextDataset(path, columns=["n"])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

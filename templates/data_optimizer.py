@@ -640,8 +640,10 @@ class _FileSource(_BlockSource):
         wanted = schema.names if self.wanted is None else self.wanted
         for name in self.types or [*wanted, *self.given_types]:
             if name not in have:
-                marks = re.findall(r"[,;|\t]", schema.names[0])
-                hint = f" (is the delimiter {marks[0]!r}?)" if marks else ""
+                # Of a text file that seems to have one column.
+                one = "" if self.typed or len(have) != 1 else schema.names[0]
+                mark = re.search(r"[,;|\t]", one)
+                hint = f" (is the delimiter {mark[0]!r}?)" if mark else ""
                 raise DataError(
                     f"no column {name!r} in {file}: it has {', '.join(have)}{hint}"
                 )
@@ -845,9 +847,10 @@ class _ParquetSource(_FileSource):
                     if name not in stored:
                         constant = pa.repeat(value, batch.num_rows)
                         batch = batch.append_column(name, constant)
-                table = pa.Table.from_batches([batch])
-                if self.filters is not None:
-                    table = table.filter(self.filters)
+                if self.filters is None:
+                    yield batch.num_rows, batch
+                    continue
+                table = pa.Table.from_batches([batch]).filter(self.filters)
                 yield from ((part.num_rows, part) for part in table.to_batches())
 
 
@@ -1727,6 +1730,13 @@ def _cut_lines(
         yield rest, int(rest != b"\r")
 
 
+def _load_objects(lines: bytes) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in lines.split(b"\n") if line]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("a line is no object")
+    return rows
+
+
 class _LineSource(_FileSource):
     """CSV and JSONL files as blocks of whole rows, found by one pass over the bytes.
 
@@ -1855,9 +1865,7 @@ class _LineSource(_FileSource):
     def _parse_keys(self, lines: bytes, types: dict[str, Any]) -> Any:
         """Parse those keys of JSONL that are wanted, whatever the others hold."""
         pa = _import_data_package("pyarrow", "pyarrow")
-        rows = [json.loads(line) for line in lines.split(b"\n") if line]
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError("a line is no object")
+        rows = _load_objects(lines)
         keys = [key for key in self.wanted if any(key in row for row in rows)]
         columns = {key: [row.get(key) for row in rows] for key in keys}
         return pa.table({key: pa.array(columns[key], types.get(key)) for key in keys})
@@ -1865,7 +1873,7 @@ class _LineSource(_FileSource):
     def _commonest_types(self, lines: bytes) -> dict[str, Any]:
         """Return the type that most values of each wanted key of JSONL have."""
         pa = _import_data_package("pyarrow", "pyarrow")
-        rows = [json.loads(line) for line in lines.split(b"\n") if line]
+        rows = _load_objects(lines)
 
         def kind(value: Any) -> type:
             return float if type(value) is int else type(value)
@@ -1891,17 +1899,17 @@ class _LineSource(_FileSource):
                 count += rows_here
                 nbytes += len(data)
             rows, keys = [count], [(0, -1)]
+            head = self._first_rows(file, head) or head
         else:
             rows, keys = self._scan_file(file)
             nbytes = sum(length for _, length in keys)
             with self.filesystem.open_input_file(file) as opened:
                 block = keys[0][1] if keys else 0
-                head = opened.read_at(min(block, 1 << 20), 0)
-                if not self._first_rows(file, head):  # a row of more than that
-                    head = opened.read_at(block, 0)
+                start = opened.read_at(min(block, 1 << 20), 0)
+                # Or a row of more than that.
+                head = self._first_rows(file, start) or opened.read_at(block, 0)
         if not head:
             raise ValueError("it is empty")
-        head = self._first_rows(file, head) or head  # types are those of these rows
         table = self._infer_types(file, head, self.given_types)
         given = [name for name in self.given_types if name in table.schema.names]
         if self._is_json(file) and any(
@@ -2222,42 +2230,13 @@ class _ColumnStream(IterableDataset):
         Raises:
             DataError: no row can be read.
         """
-        np = _import_data_package("numpy", "numpy")
-        pa = _import_data_package("pyarrow", "pyarrow")
         source, layout = self.source, _RowLayout(self.source, self.fill_null)
         if source.on_error == "raise":
             self.required = required
             self._take_source(source)
             return
 
-        def find_lost(block: int) -> tuple[Any, list[str]]:
-            """Return which rows of a block cannot be used, and why."""
-            begin, told = 0, []
-            lost, empty = [np.empty(0, dtype=np.int64)], collections.Counter[str]()
-            try:
-                for rows, arrays in source.read(block, 1 << 14, layout.convert):
-                    if isinstance(arrays, DataError):
-                        lost.append(np.arange(begin, begin + rows))
-                        told.append(str(arrays))
-                    else:
-                        columns = dict(zip(source.types, arrays, strict=True))
-                        for name in required:
-                            found = np.flatnonzero(_is_missing(columns[name]))
-                            lost.append(begin + found)
-                            empty[name] += len(found)
-                    begin += rows
-            except DataError as error:
-                rows = int(source.block_rows[block])
-                return np.arange(rows), [f"{error} ({_count_rows(rows)})"]
-            file = source.files[source.block_file[block]]
-            for name, count in (+empty).items():
-                number = pa.types.is_floating(layout.types[name])
-                what = "empty or not finite" if number else "empty"
-                told.append(
-                    f"column {name!r} of {file} is {what} ({_count_rows(count)})"
-                )
-            return np.unique(np.concatenate(lost)), told
-
+        find_lost = functools.partial(self._find_lost, layout, required)
         blocks = source.block_rows.nonzero()[0].tolist()
         kept, lost_rows = source.block_rows.copy(), {}
         digest = hashlib.sha256()
@@ -2277,6 +2256,36 @@ class _ColumnStream(IterableDataset):
             source.lost = lost_rows
             source.chosen_by = (*source.chosen_by, digest.hexdigest()[:16])
         self._take_source(source)
+
+    def _find_lost(
+        self, layout: _RowLayout, required: Sequence[str], block: int
+    ) -> tuple[Any, list[str]]:
+        """Return which rows of a block cannot be used, and why."""
+        np = _import_data_package("numpy", "numpy")
+        pa = _import_data_package("pyarrow", "pyarrow")
+        source, begin, told = self.source, 0, []
+        lost, empty = [np.empty(0, dtype=np.int64)], collections.Counter[str]()
+        try:
+            for rows, arrays in source.read(block, 1 << 14, layout.convert):
+                if isinstance(arrays, DataError):
+                    lost.append(np.arange(begin, begin + rows))
+                    told.append(str(arrays))
+                else:
+                    columns = dict(zip(source.types, arrays, strict=True))
+                    for name in required:
+                        found = np.flatnonzero(_is_missing(columns[name]))
+                        lost.append(begin + found)
+                        empty[name] += len(found)
+                begin += rows
+        except DataError as error:
+            rows = int(source.block_rows[block])
+            return np.arange(rows), [f"{error} ({_count_rows(rows)})"]
+        file = source.files[source.block_file[block]]
+        for name, count in (+empty).items():
+            number = pa.types.is_floating(layout.types[name])
+            what = "empty or not finite" if number else "empty"
+            told.append(f"column {name!r} of {file} is {what} ({_count_rows(count)})")
+        return np.unique(np.concatenate(lost)), told
 
     def unique(self, column: str, limit: int = 10000) -> list[Any]:
         """Return a column's distinct values, sorted: the labels, for instance.

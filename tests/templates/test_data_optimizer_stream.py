@@ -774,6 +774,8 @@ def test_errors_are_one_line_with_file_and_remedy(tmp_path, shards):
     twice, semicolons = tmp_path / "twice.csv", tmp_path / "semicolons.csv"
     twice.write_text("id,text,text\n1,a,b\n")
     semicolons.write_text("id;text\n1;a\n")
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text("{}\n{}\n")
     nothing.write_text("")
     jsonl = tmp_path / "t.jsonl"
     jsonl.write_text('{"text": "a"}\n{"text": \n')
@@ -791,6 +793,7 @@ def test_errors_are_one_line_with_file_and_remedy(tmp_path, shards):
         (lambda: StreamingTextDataset(fine, "body"), "no column 'body' in .*id, text"),
         (lambda: StreamingTextDataset(twice), r"twice\.csv has several columns 'text'"),
         (lambda: StreamingTextDataset(semicolons), r"id;text \(is the delimiter ';'"),
+        (lambda: StreamingTextDataset(bare), r"no column 'text' in .*bare\.jsonl"),
         (lambda: StreamingTextDataset(fine, encoding="latin99"), "encoding: latin99"),
         (lambda: StreamingTextDataset("nowhere/*.csv"), r"nowhere.*Check the path"),
     ]

@@ -621,7 +621,7 @@ def main() -> None:
                     dtype = "float64" if "64" in kind else "float32"
                     write_parquet(folder / kind, rows, dtype, "text" in kind)
             elif table == "csv":
-                write_csv(folder / "t.csv", rows // 2)
+                write_csv(folder / "t.csv", rows)
             else:
                 size = (1600, 1200) if "1600" in table else (500, 400)
                 write_photos(folder / table, 64 if arguments.quick else 160, size)

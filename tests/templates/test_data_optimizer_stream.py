@@ -4,13 +4,16 @@ import csv
 import datetime
 import decimal
 import gzip
+import io
 import json
 import os
 import random
 import re
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +33,7 @@ from templates.data_optimizer import (
     _EpochPlan,
     _LineSource,
     _list_data_files,
+    _submit_after,
     open_text_stream,
 )
 
@@ -928,13 +932,62 @@ def test_of_bad_lines_only_they_are_left_out(name, workers, tmp_path, monkeypatc
 
 def test_a_quote_that_is_not_closed_leaves_the_rows_before_it(tmp_path, monkeypatch):
     monkeypatch.setattr("templates.data_optimizer._LINE_BLOCK_BYTES", 3000)
-    rows = [(n, f"text {n}", "x") for n in range(900)]
-    path = write_rows(tmp_path / "t.csv", rows, {450: [b'7,5" pipe,x\n']})
+    lines = [f"{n},text {n},x" for n in range(900)]
+    lines.insert(450, '7,"5 pipe,x')
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(["n,text,tag", *lines, ""]))
     data = StreamingTextDataset(path, on_error="skip")
     assert data.rows == 451  # the rest of the file is one row
-    assert list(data) == [text for _, text, _ in rows[:450]]
+    assert list(data) == [f"text {n}" for n in range(450)]
     (line,) = data.skipped
-    assert line.endswith("it holds 451 rows: close each quote (1 row)")
+    assert re.search(r'byte \d+: .* got 2: 7,"5 pipe,x 450,.* \(1 row\)$', line)
+
+
+def test_carriage_returns_end_rows_only_before_newlines(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_bytes(b"id,text\r1,a\r2,b\r")
+    with pytest.raises(DataError, match=r"t\.csv: its lines end with \\r alone: write"):
+        StreamingTextDataset(path)
+    path.write_bytes(b"text\na\nb\rc\nd\n")
+    with pytest.raises(DataError, match=r"t\.csv has 1 row more .* texts with a \\r"):
+        list(StreamingTextDataset(path))
+    data = StreamingTextDataset(path, on_error="skip")
+    assert list(data) == ["a", "d"]
+    assert data.skipped[0].endswith("the row at byte 7: it holds 2 rows (1 row)")
+    path.write_bytes(b'text\na\n"b\rc"\nd\n')
+    assert list(StreamingTextDataset(path)) == ["a", "b\rc", "d"]
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+@pytest.mark.parametrize("block", [50, 700, 1 << 22])
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.csv.gz"])
+def test_quotes_within_text_are_text(tmp_path, monkeypatch, name, block, on_error):
+    monkeypatch.setattr("templates.data_optimizer._LINE_BLOCK_BYTES", block)
+    draw = random.Random(block)
+    path = tmp_path / name
+    tab = "\t" if ".tsv" in name else ","
+    cells = [
+        '5" disk',
+        'a "b"',
+        ' "c',
+        'd""',
+        '"e"f"g',
+        f'"i{tab}\n""j"',
+        "",
+        "k",
+    ]
+    for bom, end in [("", "\n"), ("\ufeff", "\r\n"), ("", "\n\n")]:
+        rows = [tab.join(map(str, [i, *draw.choices(cells, k=2)])) for i in range(200)]
+        text = bom + end.join([f'"n"{tab}text{tab}"other"', *rows, ""])
+        packed = gzip.open if name.endswith(".gz") else open
+        with packed(path, "wb") as file:
+            file.write(text.encode())
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=tab)
+        wanted = [row[1] for row in reader if row][1:]
+        data = StreamingTextDataset(path, on_error=on_error)
+        assert data.rows == len(wanted)
+        assert list(data) == wanted
+        assert data.skipped == []
 
 
 def test_files_of_nothing_but_bad_lines_are_given_up_soon(tmp_path, monkeypatch):
@@ -1101,7 +1154,7 @@ def test_a_file_that_is_written_anew_is_noticed(tmp_path):
     for rows in (99, 101, 300):
         data = stream(path)
         write(tmp_path / "a.parquet", id=list(range(rows)))
-        with pytest.raises(DataError, match=r"a\.parquet has \d+ rows (less|more)"):
+        with pytest.raises(DataError, match=r"a\.parquet has \d+ rows? (less|more)"):
             list(StreamBatchLoader(data, 10))
         write(tmp_path / "a.parquet", id=list(range(100)))
 
@@ -1291,6 +1344,47 @@ def test_an_epoch_left_early_does_not_leak_into_the_next(shards):
         loader.set_epoch(0)
         assert ids(loader) == whole
         loader.set_epoch(0)
+
+
+@pytest.mark.parametrize("odd", [None, '"b\nc"', '"b\rc"', '5" disk', "g" * 500])
+@pytest.mark.parametrize("stream", [128, 4096])
+def test_csv_parsed_as_a_stream_agrees_with_the_csv_module(
+    tmp_path, monkeypatch, stream, odd
+):
+    monkeypatch.setattr("templates.data_optimizer._LINE_BLOCK_BYTES", 2000)
+    monkeypatch.setattr("templates.data_optimizer._STREAM_BYTES", stream)
+    draw = random.Random(stream)
+    path = tmp_path / "t.csv"
+    for end in ["", "\n", "\n\n"]:
+        cells = ["a", '"b, c"', '"d""e"', "f" * 30, '""', '"한국어"', ""]
+        rows = [f"{i},{draw.choice(cells)},{draw.choice(cells)}" for i in range(300)]
+        if odd:
+            rows[draw.randrange(300)] = f"0,{odd},"
+        path.write_bytes(("\n".join(["id,text,other", *rows]) + end).encode())
+        with open(path, newline="") as file:
+            wanted = [row[1] for row in csv.reader(file) if row][1:]
+        data = StreamingTextDataset(path)
+        assert bool(data.source.plain) == (odd is None or "g" in odd)
+        assert list(data) == wanted
+        if odd is None:
+            assert data.source.plain
+        elif len(odd) > stream:  # found where it is parsed
+            assert not data.source.plain
+
+
+def test_tasks_that_wait_for_others_keep_no_thread():
+    gate = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        first = _submit_after(None, pool, gate.wait)
+        second = _submit_after(first, pool, lambda: first.done())
+        assert _submit_after(None, pool, lambda: 3).result(timeout=60) == 3
+        failed = _submit_after(second, pool, lambda: 1 / 0)
+        last = _submit_after(failed, pool, lambda: 4)
+        gate.set()
+        assert last.result(timeout=60) == 4
+        assert second.result()
+        with pytest.raises(ZeroDivisionError):
+            failed.result()
 
 
 @pytest.mark.parametrize("block", [7, 64, 500])

@@ -2252,8 +2252,9 @@ class _ColumnStream(IterableDataset):
         self.shuffle, self.seed, self.fill_null = shuffle, seed, fill_null
         self.required: Sequence[str] = ()
         self.rank, self.world_size = _data_rank(rank, world_size)
-        # A few MB shuffle in the cache; twice the rows took half as long again.
-        bounded = max(1024, min(1 << 15, (16 << 20) // source.row_bytes))
+        # A few MB shuffle in the cache: twice the rows of texts take a fifth longer.
+        most = 1 << (16 if source.typed else 15)
+        bounded = max(1024, min(most, (16 << 20) // source.row_bytes))
         self.window_rows = bounded if window_rows is None else window_rows
         if batch_size < 1 or self.window_rows < 1:
             raise ValueError(
@@ -2588,7 +2589,7 @@ class StreamingParquetDataset(_ColumnStream):
         filesystem: of pyarrow or fsspec, where the path alone does not say it.
         rank, world_size: by default those of torch.distributed, which has to be
             initialized before.
-        window_rows: rows that are shuffled together, by default 32768, or fewer if
+        window_rows: rows that are shuffled together, by default 65536, or fewer if
             they are more than about 16 MB.
 
     Raises:

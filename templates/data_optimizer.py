@@ -2252,9 +2252,9 @@ class _ColumnStream(IterableDataset):
         self.shuffle, self.seed, self.fill_null = shuffle, seed, fill_null
         self.required: Sequence[str] = ()
         self.rank, self.world_size = _data_rank(rank, world_size)
-        # A few MB shuffle in the cache, and there are six such buffers. Parquet of few
-        # columns gains a tenth by more rows, texts lose a fifth.
-        small = (6 << 20) // source.row_bytes if source.typed else 0
+        # A few MB shuffle in the cache, and there are up to five such buffers. Parquet of
+        # few columns gains a tenth by more rows, texts lose a fifth.
+        small = (4 << 20) // source.row_bytes if source.typed else 0
         bounded = min(1 << 15, (16 << 20) // source.row_bytes)
         bounded = max(1024, bounded, min(1 << 16, small))
         self.window_rows = bounded if window_rows is None else window_rows
@@ -2592,7 +2592,7 @@ class StreamingParquetDataset(_ColumnStream):
         rank, world_size: by default those of torch.distributed, which has to be
             initialized before.
         window_rows: rows that are shuffled together, by default 32768 (up to 65536
-            of less than 6 MB), or fewer if they are more than about 16 MB.
+            of less than 4 MB), or fewer if they are more than about 16 MB.
 
     Raises:
         DataError: names the file, column and remedy.

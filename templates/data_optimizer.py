@@ -2252,8 +2252,8 @@ class _ColumnStream(IterableDataset):
         self.shuffle, self.seed, self.fill_null = shuffle, seed, fill_null
         self.required: Sequence[str] = ()
         self.rank, self.world_size = _data_rank(rank, world_size)
-        # A few MB shuffle in the cache, and there are up to five such buffers. Parquet of
-        # few columns gains a tenth by more rows, texts lose a fifth.
+        # A few MB shuffle in the cache, and there are five such buffers. Parquet of few
+        # columns gains a tenth by more rows, texts lose a fifth.
         small = (4 << 20) // source.row_bytes if source.typed else 0
         bounded = min(1 << 15, (16 << 20) // source.row_bytes)
         bounded = max(1024, bounded, min(1 << 16, small))

@@ -58,7 +58,7 @@ from templates.data_optimizer import (  # noqa: E402
 torch.set_num_threads(1)
 BATCH = 1024
 LIMIT_S = 2.0
-# They leave threads, processes or files that are still being written.
+# Slow, or they leave threads, processes or files that are still being written.
 LATE = {"Hugging Face streaming, torch", "Hugging Face map-style", "litdata"}
 LATE |= {"Mosaic streaming", "csv.DictReader", "ours, kept as Parquet, first epoch"}
 LATE |= {"ours, kept as Parquet, later", "ours, kept as Parquet, all of 4 epochs"}
@@ -528,8 +528,7 @@ def time_group(functions: Contenders, runs: int, rates: dict[str, list[float]]) 
                 elapsed = time.perf_counter() - start
             except Exception as error:
                 print(f"  {name}: left out: {type(error).__name__}: {str(error)[:150]}")
-                del functions[name]
-                rates.pop(name, None)
+                del functions[name], rates[name]
                 continue
             if turn:  # the first turn warms caches, converts and starts workers
                 rates[name].append(rows / elapsed)

@@ -73,7 +73,8 @@ TEXT_ENDINGS = tuple(
 _SKIP_IT = "pass on_error='skip' (--on-error skip)"
 _LINE_BLOCK_BYTES = 1 << 22  # CSV and JSONL are read in pieces of about this size
 _CACHE_BYTES = 1 << 19  # fits a core's cache: scanned 3 x, CSV parsed 1.1 x as fast
-_piece_buffer = threading.local()
+_DECODED_ROWS = 8192  # fewer at once cost more: 1024 take two and a half times as long
+_borrowed = threading.local()
 
 
 class DataError(ValueError):
@@ -923,6 +924,19 @@ class _SplitSource(_BlockSource):
 # --- Streams, part 2: in which order they come
 
 
+def _invert(numbers: Any, count: int) -> Any:
+    """Return where each number below `count` stands, or -1; those below 0 are left out.
+
+    Args:
+        numbers: each at most once.
+    """
+    np = _import_data_package("numpy", "numpy")
+    where = np.full(count, -1, dtype=np.intp)
+    kept = np.flatnonzero(numbers >= 0)
+    where[numbers[kept]] = kept
+    return where
+
+
 class _StreamWindow:
     """One stretch of the epoch's order: parts of some blocks, shuffled together."""
 
@@ -1017,12 +1031,20 @@ class _EpochPlan:
         windows = self._windows[1]
         return next(w for w in windows if w.begin <= position < w.end)
 
-    def order(self, window: _StreamWindow) -> Any:
-        """Return which row of the window comes at each of its positions."""
+    def positions(self, window: _StreamWindow) -> Any:
+        """Return at which of the window's positions each of its rows comes.
+
+        Windows of a group share a permutation, which each turns by a number of its own:
+        to draw one for each would cost as much as to gather the rows.
+        """
         if not self.shuffle:
-            return self.np.arange(window.rows, dtype=self.np.int32)
-        name = f"{window.group}/{window.number}"
-        return self._remember(name, lambda: self._permute(name, window.rows))
+            return self.np.arange(window.rows)
+        name = f"{window.group}/{window.rows}"
+        shared = self._remember(
+            name, lambda: self._permute(name, window.rows).astype(self.np.intp)
+        )
+        turn = random.Random(f"{self.name}/{window.group}/{window.number}")
+        return self.np.roll(shared, turn.randrange(window.rows))
 
     def _crossing(self, low: int, high: int, rank: int, ranks: int) -> dict[int, Any]:
         """Return a rank's rows of a batch, sorted, by the windows it lies in."""
@@ -1031,9 +1053,8 @@ class _EpochPlan:
         while low < high:
             window = self.window_at(low)
             stop = min(high, window.end)
-            piece = np.sort(
-                self.order(window)[low - window.begin : stop - window.begin]
-            )
+            to = self.positions(window) + window.begin
+            piece = np.flatnonzero((to >= low) & (to < stop))
             begins.append(np.full(len(piece), window.begin))
             rows.append(piece)
             depth.append((piece + 0.5) / window.rows)
@@ -1047,19 +1068,13 @@ class _EpochPlan:
         return {b: row[mine][begin[mine] == b] for b in np.unique(begin).tolist()}
 
     def shares(
-        self,
-        position: int,
-        batch_size: int,
-        drop_last: bool,
-        rank: int,
-        ranks: int,
-        ordered: bool = True,
+        self, position: int, batch_size: int, drop_last: bool, rank: int, ranks: int
     ) -> Iterator[tuple[_StreamWindow, Any, list[int], bool]]:
         """Yield what a rank takes of each window from `position` on.
 
         Yields:
-            (window, rows of it in the order of the batches, how many go into each
-            batch, whether the last of them ends here); not `ordered`: the window alone.
+            (window, the place of each of its rows among those that are taken, or -1,
+            how many of these go into each batch, whether the last of them ends here).
         """
         np, start = self.np, position
         total = self.total - start
@@ -1071,11 +1086,9 @@ class _EpochPlan:
 
         k = 0
         while position < start + total:
-            window = self.window_at(position)
-            if not ordered:
-                yield window, None, [], True
-                position = window.end
-                continue
+            window, begin = self.window_at(position), position
+            to = self.positions(window)
+            order = _invert(to, window.rows) if ranks > 1 else None
             pieces, counts, whole = [], [], True
             while position < min(window.end, start + total):
                 low, high = bound(k), bound(k + 1)
@@ -1084,27 +1097,34 @@ class _EpochPlan:
                     last = k + (window.end - low) // (high - low)
                     while bound(last) - low != (last - k) * (high - low):
                         last -= 1
-                    inside = slice(low - window.begin, bound(last) - window.begin)
-                    rows = self.order(window)[inside].reshape(-1, high - low)
-                    if ranks > 1:
+                    cut = [(high - low) * r // ranks for r in (rank, rank + 1)]
+                    counts += [cut[1] - cut[0]] * (last - k)
+                    if order is not None:
+                        inside = slice(low - window.begin, bound(last) - window.begin)
+                        rows = order[inside].reshape(-1, high - low)
                         # Sorted, so that a rank keeps to its part of the blocks.
                         rows = np.sort(rows, axis=1) if self.shuffle else rows
-                        cut = [(high - low) * r // ranks for r in (rank, rank + 1)]
-                        rows = rows[:, cut[0] : cut[1]]
-                    pieces.append(rows.ravel())
-                    counts += [rows.shape[1]] * rows.shape[0]
+                        pieces.append(rows[:, cut[0] : cut[1]].ravel())
                     k, position = last, bound(last)
                     continue
-                rows = self._remember(
-                    (low, high, rank, ranks),
-                    functools.partial(self._crossing, low, high, rank, ranks),
-                )[window.begin]
-                pieces.append(rows)
-                counts.append(len(rows))
-                position = min(high, window.end)
+                stop = min(high, window.end)
+                counts.append(stop - position)
+                if order is not None:
+                    rows = self._remember(
+                        (low, high, rank, ranks),
+                        functools.partial(self._crossing, low, high, rank, ranks),
+                    )[window.begin]
+                    pieces.append(rows)
+                    counts[-1] = len(rows)
+                position = stop
                 whole = high <= window.end
                 k += whole
-            yield window, np.concatenate(pieces), counts, whole
+            if order is not None:
+                to = _invert(np.concatenate(pieces), window.rows)
+            elif position - begin < window.rows:
+                to = to - (begin - window.begin)
+                to[(to < 0) | (to >= position - begin)] = -1
+            yield window, to, counts, whole
 
 
 # --- Streams, part 3: reading windows and cutting batches
@@ -1149,8 +1169,8 @@ class _BlockReader:
             stop = low if self._position < low else high
             take = min(self._left, stop - self._position)
             part = self._arrays
-            if not isinstance(part, DataError):
-                part = [array.slice(0, take) for array in self._arrays]
+            if take < self._left and not isinstance(part, DataError):
+                part = [array.slice(0, take) for array in part]
                 self._arrays = [array.slice(take) for array in self._arrays]
             if self._position >= low:
                 pieces.append((take, part))
@@ -1159,13 +1179,25 @@ class _BlockReader:
         return pieces
 
 
+def _borrow(purpose: str, nbytes: int) -> memoryview:
+    """Return memory of this thread that the next call for this purpose uses again.
+
+    The pages of fresh memory cost three times as much as what is copied into them.
+    """
+    memory = getattr(_borrowed, purpose, b"")
+    if len(memory) < nbytes:
+        memory = bytearray(nbytes + nbytes // 8)
+        setattr(_borrowed, purpose, memory)
+    return memoryview(memory)[:nbytes]
+
+
 class _RowLayout:
     """How columns are stored in a chunk of rows, ready to be cut into batches.
 
-    A chunk is a list: a (columns, rows) matrix for all numeric columns of one type, a
-    (rows, size) matrix for each stack of columns and each fixed-size list, an Arrow
-    array for each other column. It holds rows as they are read; batches are gathered
-    from all over it.
+    A chunk is a list of matrices, one row a row: of all numeric columns of one type, of
+    each stack of columns, of each fixed-size list. Decoded rows are written where the
+    shuffled order has them, so that a batch is a stretch of the chunk. Other columns
+    stay Arrow arrays, in the order in which they are read.
     """
 
     def __init__(
@@ -1251,6 +1283,8 @@ class _RowLayout:
         """Give a decoded column its type, and fill or refuse its nulls."""
         pa = _import_data_package("pyarrow", "pyarrow")
         kind = self.types[name]
+        if not array.null_count and array.type == kind and pa.types.is_primitive(kind):
+            return array
         try:
             if pa.types.is_dictionary(array.type) and array.type != kind:
                 array = array.dictionary_decode()
@@ -1305,27 +1339,44 @@ class _RowLayout:
             width = size or len(columns)
             end = begin + rows * width * dtype.itemsize
             matrix = raw[begin:end].view(dtype)
-            chunk.append(matrix.reshape((rows, size) if size else (width, rows)))
+            chunk.append(matrix.reshape(rows, width))
             begin = end
         return chunk
 
-    def place(self, chunk: list[Any], at: int, rows: int, arrays: list[Any]) -> None:
-        """Write decoded columns into a chunk, from row `at` on."""
+    def place(self, chunk: list[Any], to: Any, arrays: list[Any]) -> None:
+        """Write decoded columns into a chunk.
+
+        Args:
+            to: the place in the chunk of each row; -1, for those that are not used, is
+                its last place.
+        """
         np = _import_data_package("numpy", "numpy")
         pa = _import_data_package("pyarrow", "pyarrow")
-        for matrix, (_, columns, _, size) in zip(chunk, self.matrices, strict=True):
-            values = [arrays[column] for column in columns]
-            if not size:
-                for line, value in zip(matrix[:, at : at + rows], values, strict=True):
-                    # Copies only booleans, which Arrow keeps as bits.
-                    line[:] = value.to_numpy(zero_copy_only=False)
+        for matrix, (_, columns, dtype, size) in zip(chunk, self.matrices, strict=True):
+            values = [arrays[i] for i in columns]
+            if matrix.shape[1] == 1 and not size:
+                # Copies only booleans, which Arrow keeps as bits.
+                matrix[:, 0][to] = values[0].to_numpy(zero_copy_only=False)
                 continue
+            # Each row is one item of so many bytes: four times as fast.
+            row = np.dtype((np.void, matrix.shape[1] * dtype.itemsize))
+            items = matrix.view(row)
             if pa.types.is_fixed_size_list(values[0].type):
                 flat = values[0].flatten().to_numpy(zero_copy_only=False)
-                matrix[at : at + rows] = flat.reshape(rows, size)
-            else:  # joined first: this is faster than column by column
-                lines = [value.to_numpy(zero_copy_only=False) for value in values]
-                matrix[at : at + rows] = np.stack(lines).T
+                np.put(items, to, flat.view(row))
+                continue
+            width, count = len(values), len(to)
+            if count * dtype.itemsize % 4096 == 0:
+                # At the same place of a page columns push each other out of the cache.
+                gap = values[0].slice(0, 64)
+                values = [array for value in values for array in (value, gap)]
+            # Joined first: this is faster than column by column.
+            lines = pa.concat_arrays(values).to_numpy(zero_copy_only=False)
+            lines = lines.reshape(width, -1)
+            tile = np.frombuffer(_borrow("tile", count * row.itemsize), dtype)
+            tile = tile.reshape(count, width)
+            tile[:] = lines[:, :count].T
+            np.put(items, to, tile.view(row))
 
     def take(self, arrays: list[Any], rows: Any) -> list[Any]:
         """Return rows of Arrow arrays in the given order."""
@@ -1334,49 +1385,44 @@ class _RowLayout:
         return [array.take(indices) for array in arrays]
 
     def batches(
-        self, chunk: list[Any], others: list[Any], rows: Any, bounds: list[int]
+        self, chunk: list[Any], others: list[Any], bounds: list[int]
     ) -> Iterator[list[Any]]:
-        """Copy batches out of a chunk, which is used again, and of other arrays.
+        """Copy batches out of a chunk, which is used again, and cut other arrays.
 
         Args:
-            rows: of the chunk, in the order of the batches.
-            bounds: where in `rows` each batch begins, and where the last ends.
+            bounds: where each batch begins, and where the last ends.
         """
-        # By rows that lie together, batch by batch; by columns, which fit a cache, at
-        # once.
-        sizes = [size for *_, size in self.matrices]
-        chunk = [
-            matrix if size else matrix.take(rows, axis=1)
-            for matrix, size in zip(chunk, sizes, strict=True)
-        ]
-        others = self.take(others, rows) if others else []
+        whole = [size > 0 for *_, size in self.matrices]
         for low, high in itertools.pairwise(bounds):
             parts = [
-                matrix.take(rows[low:high], 0) if size else matrix[:, low:high].copy()
-                for matrix, size in zip(chunk, sizes, strict=True)
+                (matrix[low:high] if rows else matrix[low:high].T).copy()
+                for matrix, rows in zip(chunk, whole, strict=True)
             ]
             texts = [array.slice(low, high - low) for array in others]
-            yield [torch.from_numpy(part) for part in parts] + texts
+            yield parts + texts
 
     def batch(self, pieces: list[list[Any]], strings: str, pin: bool) -> dict[str, Any]:
         """Join slices to one batch: column name -> tensor, list or Arrow array."""
+        np = _import_data_package("numpy", "numpy")
         pa = _import_data_package("pyarrow", "pyarrow")
         joined: list[Any] = pieces[0]
         if len(pieces) > 1:
             count = len(self.matrices)
             parts = list(zip(*pieces, strict=True))
             joined = [
-                torch.cat(part, 0 if size else 1)
+                np.concatenate(part, 0 if size else 1)
                 for part, (*_, size) in zip(parts, self.matrices, strict=False)
             ]
             joined += [pa.concat_arrays(part) for part in parts[count:]]
         batch: dict[str, Any] = dict.fromkeys(self.outputs)
         for matrix, (to, columns, _, _) in zip(joined, self.matrices, strict=False):
-            matrix = matrix.pin_memory() if pin else matrix
-            if to:
-                batch[to] = matrix
+            single = to or len(columns) == 1
+            tensor = torch.from_numpy(matrix if to or not single else matrix[0])
+            tensor = tensor.pin_memory() if pin else tensor
+            if single:
+                batch[to or self.names[columns[0]]] = tensor
                 continue
-            for i, column in zip(columns, matrix.unbind(), strict=True):
+            for i, column in zip(columns, tensor.unbind(), strict=True):
                 batch[self.names[i]] = column
         for i, texts in zip(self.others, joined[len(self.matrices) :], strict=True):
             batch[self.names[i]] = texts if strings == "arrow" else texts.to_pylist()
@@ -1447,7 +1493,7 @@ class _WindowFeed(IterableDataset):
         worker = get_worker_info()
         pa = _import_data_package("pyarrow", "pyarrow")
         source, layout = self.stream.source, self.layout
-        windows = self.windows(worker.id, worker.num_workers, ordered=False)
+        windows = self.windows(worker.id, worker.num_workers)
         for _, first, lost, _, others in windows:
             texts = None
             if layout.others:
@@ -1456,7 +1502,7 @@ class _WindowFeed(IterableDataset):
             skipped, self.told = source.skipped[self.told :], len(source.skipped)
             yield first, lost, texts, skipped
 
-    def shares(self, ordered: bool) -> Iterator[Any]:
+    def shares(self) -> Iterator[Any]:
         """Yield what this rank takes of each window: see `_EpochPlan.shares`."""
         stream, (epoch, position) = self.stream, self.cursor.tolist()
         return stream.plan(epoch).shares(
@@ -1465,8 +1511,6 @@ class _WindowFeed(IterableDataset):
             self.drop_last,
             stream.rank,
             stream.world_size,
-            # Which blocks a rank reads depends on its rows.
-            ordered or stream.world_size > 1,
         )
 
     def receive(self, items: Iterator[Any], workers: int) -> Iterator[Any]:
@@ -1475,7 +1519,7 @@ class _WindowFeed(IterableDataset):
         pa = _import_data_package("pyarrow", "pyarrow")
         schema = self.layout.schema
         ring = [self.layout.view(memory, self.rows) for memory in self.ring]
-        for (_, *share), chunk in zip(self.shares(True), itertools.cycle(ring)):
+        for (_, *share), chunk in zip(self.shares(), itertools.cycle(ring)):
             told = list(itertools.islice(items, workers))
             told.sort(key=lambda item: item[0])
             others: list[Any] = []
@@ -1488,18 +1532,16 @@ class _WindowFeed(IterableDataset):
             lost = np.concatenate([item[1] for item in told])
             yield share, told[0][0], lost, chunk, others
 
-    def windows(
-        self, worker: int = 0, workers: int = 1, ordered: bool = True
-    ) -> Iterator[Any]:
+    def windows(self, worker: int = 0, workers: int = 1) -> Iterator[Any]:
         """Decode window after window, ahead of what is used.
 
         Yields:
-            ((rows of the window in the order of the batches, how many go into each
-            batch, whether the last batch ends here), the first of what was read, rows
-            that were lost, matrices and other arrays as they were read).
+            ((the place of each of its rows or -1, how many go into each batch, whether
+            the last batch ends here), the first row that was read, rows that were
+            lost, matrices in the order of the batches, other arrays as they were read).
         """
         ring = [self.layout.view(memory, self.rows) for memory in self.ring]
-        todo = zip(self.shares(ordered), itertools.cycle(ring))
+        todo = zip(self.shares(), itertools.cycle(ring))
         readers: dict[int, _BlockReader | None] = {}
         threads = 1 if workers > 1 else min(4, _usable_cpu_count())
         with ThreadPoolExecutor(threads) as pool:
@@ -1511,7 +1553,7 @@ class _WindowFeed(IterableDataset):
                 itertools.starmap(start, itertools.islice(todo, self.depth))
             )
             while ahead:
-                following = next(todo, None)  # before waiting: it has to be ordered
+                following = next(todo, None)  # before waiting: its order is computed
                 share, first, chunk, parts = ahead.popleft()
                 done = [part.result() for part in parts]
                 if following:
@@ -1531,20 +1573,17 @@ class _WindowFeed(IterableDataset):
     ) -> Any:
         """Begin to decode a worker's blocks of a window."""
         np = _import_data_package("numpy", "numpy")
-        window, rows, counts, whole = share
+        window, to, counts, whole = share
         edges = np.append(0, np.cumsum(window.high - window.low))
-        first = last = 0
-        if rows is None:
-            last = len(window.blocks)
-        elif len(rows):  # a rank reads no block that holds none of its rows
-            ends = [rows.min(), rows.max()]
-            first, last = np.searchsorted(edges, ends, "right") - [1, 0]
-        base = int(edges[first])
-        if edges[last] - base > self.rows:
+        first, last, taken = 0, len(window.blocks), sum(counts)
+        if taken >= self.rows:  # the last place is for rows that are not used
             raise DataError(
                 f"{len(window.blocks)} row groups or files of few rows come together "
                 f"with large ones: pass window_rows={2 * self.stream.window_rows}"
             )
+        if taken < window.rows:  # a rank reads no block that holds none of its rows
+            ends = np.flatnonzero(to >= 0)[[0, -1]] if taken else [0, -1]
+            first, last = np.searchsorted(edges, ends, "right") - [1, 0]
         if workers > 1 and first < last:
             size = self.stream.source.block_rows[window.blocks[first:last]]
             middle = (np.cumsum(size) - size / 2) / size.sum()
@@ -1557,13 +1596,13 @@ class _WindowFeed(IterableDataset):
                 del begun[block]
                 readers.pop(block, None)
         parts = []
-        for i in range(first, last):
+        for i in first + np.flatnonzero(np.diff(edges[first : last + 1])):
             block = int(window.blocks[i])
             read = functools.partial(
                 self._read_part,
                 readers,
                 chunk,
-                base,
+                to[edges[i] : edges[i + 1]],
                 int(edges[i]),
                 block,
                 int(window.low[i]),
@@ -1572,13 +1611,13 @@ class _WindowFeed(IterableDataset):
             begun[block] = _submit_after(begun.get(block), pool, read)
             parts.append(begun[block])
         begin = int(edges[first]) if parts else window.rows
-        return (rows, counts, whole), begin, chunk, parts
+        return (to, counts, whole), begin, chunk, parts
 
     def _read_part(
         self,
         readers: dict[int, Any],
         chunk: list[Any],
-        base: int,
+        to: Any,
         begin: int,
         block: int,
         low: int,
@@ -1589,7 +1628,7 @@ class _WindowFeed(IterableDataset):
         The rows before them come first.
 
         Args:
-            base: row of the window that the chunk begins with.
+            to: the place in the chunk of each of these rows.
 
         Returns:
             (the arrays of the columns that are in no matrix, rows that were lost).
@@ -1599,22 +1638,24 @@ class _WindowFeed(IterableDataset):
         source, layout = self.stream.source, self.layout
         others: list[list[Any]] = [[] for _ in layout.others]
         lost = [np.empty(0, dtype=np.int64)]
-        at = begin - base
+        at = 0
         try:
             if block not in readers:
-                ahead = max(1024, min(2 * (high - low), 1 << 16))
+                # In whole parts of windows, so that none is cut in two.
+                parts = -(-_DECODED_ROWS // (high - low))
+                ahead = min(parts * (high - low), 1 << 16)
                 readers[block] = _BlockReader(source.read(block, ahead, layout.convert))
             reader = readers[block]
             if reader is None:
                 raise DataError("was skipped before")
-            for rows, arrays in reader.read(low, high) if low < high else ():
+            for rows, arrays in reader.read(low, high):
                 if isinstance(arrays, DataError):
                     if str(arrays) not in source.skipped:
                         source.skipped.append(str(arrays))
-                    lost.append(np.arange(base + at, base + at + rows))
+                    lost.append(np.arange(begin + at, begin + at + rows))
                     texts = [pa.nulls(rows, kind) for kind in layout.schema.types]
                 else:
-                    layout.place(chunk, at, rows, arrays)
+                    layout.place(chunk, to[at : at + rows], arrays)
                     texts = [arrays[i] for i in layout.others]
                 at += rows
                 for values, text in zip(others, texts, strict=True):
@@ -1649,27 +1690,24 @@ class _WindowFeed(IterableDataset):
     def batches(self, windows: Iterator[Any]) -> Iterator[tuple[bool, list[Any]]]:
         """Yield (whether it ends there, its columns) of each batch in each window."""
         np = _import_data_package("numpy", "numpy")
-        for (rows, counts, whole), first, lost, chunk, others in windows:
+        for (to, counts, whole), first, lost, chunk, others in windows:
             ends = np.cumsum(counts)
-            if len(lost):
-                kept = np.flatnonzero(~np.isin(rows, lost))
-                rows, ends = rows[kept], np.searchsorted(kept, ends)
-            bounds = [0, *ends.tolist()]
-            rows = (rows - first).astype(np.intp)
-            batches = self.layout.batches(chunk, others, rows, bounds)
+            if others or len(lost):
+                rows = _invert(to, sum(counts))
+                if len(lost):
+                    kept = np.flatnonzero(~np.isin(rows, lost))
+                    rows, ends = rows[kept], np.searchsorted(kept, ends)
+                    chunk = [matrix[kept] for matrix in chunk]
+                others = self.layout.take(others, rows - first)
+            batches = self.layout.batches(chunk, others, [0, *ends.tolist()])
             for b, batch in enumerate(batches, 1):
                 yield whole or b < len(counts), batch
 
 
 def _read_piece(opened: Any, offset: int, nbytes: int) -> memoryview:
-    """Read a piece of a file into memory that the next call in this thread uses again.
-
-    The pages of fresh memory cost three times as much as what is copied into them.
-    """
-    if len(getattr(_piece_buffer, "bytes", b"")) < nbytes:
-        _piece_buffer.bytes = bytearray(nbytes + nbytes // 8)
+    """Read a piece of a file into memory that the next call in this thread uses."""
     opened.seek(offset)
-    piece = memoryview(_piece_buffer.bytes)[:nbytes]
+    piece = _borrow("piece", nbytes)
     return piece[: opened.readinto(piece)]
 
 
@@ -2439,7 +2477,8 @@ class _ColumnStream(IterableDataset):
 
     def order_digest(self) -> str:
         """Return what all that decides the order is hashed to."""
-        facts = [self.seed, self.shuffle, self.window_rows, self.source.together]
+        way = 2  # a new number where the same facts give another order than before
+        facts = [way, self.seed, self.shuffle, self.window_rows, self.source.together]
         facts += self.source.chosen_by
         digest = hashlib.sha256(repr(facts).encode())
         digest.update(self.source.block_rows.tobytes())
@@ -2453,7 +2492,8 @@ class _ColumnStream(IterableDataset):
         np = _import_data_package("numpy", "numpy")
         worker, feed = get_worker_info(), self._row_feed
         which = (worker.id, worker.num_workers) if worker else (0, 1)
-        for (rows, *_), first, lost, _, others in feed.windows(*which):
+        for (to, counts, _), first, lost, _, others in feed.windows(*which):
+            rows = _invert(to, sum(counts))
             rows = rows[~np.isin(rows, lost)] - first
             mine = rows[(rows >= 0) & (rows < len(others[0]))]
             columns = feed.layout.take(others, mine)
@@ -2703,16 +2743,12 @@ class _BatchMaker(Dataset):
         return _map_batch(torch.Tensor.pin_memory, batch) if self.pin else batch
 
     def __iter__(self) -> Iterator[list[list[Any]]]:
-        """Yield pieces that are fit for a pipe: a tensor would open a file."""
-        count = len(self.layout.matrices)
-        for pieces in self.pieces:
-            yield [[x.numpy() for x in p[:count]] + p[count:] for p in pieces]
+        """Return the pieces, for workers."""
+        return self.pieces
 
     def __getitem__(self, pieces: list[list[Any]]) -> Any:
         """Make a batch in a worker; the loader pins it."""
-        count = len(self.layout.matrices)
-        tensors = [[*map(torch.from_numpy, p[:count]), *p[count:]] for p in pieces]
-        return self.collate_fn(self.layout.batch(tensors, self.strings, False))
+        return self.collate_fn(self.layout.batch(pieces, self.strings, False))
 
 
 class StreamBatchLoader:

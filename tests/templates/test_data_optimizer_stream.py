@@ -75,13 +75,15 @@ def plan_batches(plan, batch_size, rank=0, ranks=1, position=0, drop_last=False)
     starts = np.cumsum(plan.block_rows) - plan.block_rows
     batches, done = [], True
     shares = plan.shares(position, batch_size, drop_last, rank, ranks)
-    for window, rows, counts, whole in shares:
+    for window, to, counts, whole in shares:
         parts = [
             np.arange(starts[b] + low, starts[b] + high)
             for b, low, high in zip(window.blocks, window.low, window.high, strict=True)
         ]
-        rows = np.concatenate(parts)[rows]
-        assert sum(counts) == len(rows)
+        assert len(to) == window.rows
+        taken = np.flatnonzero(to >= 0)
+        assert sorted(to[taken]) == list(range(sum(counts)))
+        rows = np.concatenate(parts)[taken[np.argsort(to[taken])]]
         for count in counts:
             if done:
                 batches.append([])
@@ -167,12 +169,20 @@ def test_order_depends_on_seed_and_epoch_and_draws_nothing():
     assert str(plan_batches(again, 8)) == orders[2, 1]
 
 
+def test_no_two_windows_of_a_group_are_in_the_same_order():
+    plan = _EpochPlan(np.array([1000, 1000]), 200, 0, 0, True)
+    orders = {tuple(to) for _, to, _, _ in plan.shares(0, 50, False, 0, 1)}
+    assert len(orders) == 10
+    assert all(sorted(order) == list(range(200)) for order in orders)
+
+
 def test_a_rank_reads_few_blocks_that_others_read():
     rows = np.full(64, 1000)
     plan = _EpochPlan(rows, 4000, 0, 0, True)
     read = 0
     for rank in range(4):
-        for window, mine, _, _ in plan.shares(0, 400, False, rank, 4):
+        for window, to, _, _ in plan.shares(0, 400, False, rank, 4):
+            mine = np.flatnonzero(to >= 0)
             edges = np.append(0, np.cumsum(window.high - window.low))
             touched = np.searchsorted(edges, [mine.min(), mine.max()], "right")
             read += touched[1] - touched[0] + 1
@@ -273,6 +283,30 @@ def test_resume_with_another_batch_size_repeats_and_loses_nothing(shards):
     second = StreamBatchLoader(stream(shards), 100)
     second.load_state_dict(first.state_dict())
     assert sorted(seen + flat(ids(second))) == list(range(ROWS))
+
+
+@pytest.mark.parametrize("rows", [1, 700, 1024, 4096, 9000])  # whole pages, and not
+@pytest.mark.parametrize("dtype", ["bool", "int8", "float32", "float64"])
+def test_stacks_and_lists_of_any_type_and_number_of_rows(tmp_path, rows, dtype):
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 2 if dtype == "bool" else 100, (rows, 5)).astype(dtype)
+    table = {str(i): values[:, i] for i in range(5)}
+    lists = () if dtype == "bool" else (1, 3)
+    for size in lists:
+        flat = pa.array(values[:, :size].ravel())
+        table[f"list{size}"] = pa.FixedSizeListArray.from_arrays(flat, size)
+    table["id"] = np.arange(rows)
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    data = StreamingParquetDataset(tmp_path, shuffle=True, window_rows=8192)
+    seen = []
+    for batch in StreamBatchLoader(data, 1000, stack={"x": list("2034"), "y": ["1"]}):
+        wanted = torch.from_numpy(values)[batch["id"]]
+        assert torch.equal(batch["x"], wanted[:, [2, 0, 3, 4]])
+        assert torch.equal(batch["y"], wanted[:, 1:2])
+        for size in lists:
+            assert torch.equal(batch[f"list{size}"], wanted[:, :size])
+        seen += batch["id"].tolist()
+    assert sorted(seen) == list(range(rows))
 
 
 def test_drop_last_and_stack(shards):

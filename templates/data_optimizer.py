@@ -72,6 +72,7 @@ TEXT_ENDINGS = tuple(
 )
 _SKIP_IT = "pass on_error='skip' (--on-error skip)"
 _LINE_BLOCK_BYTES = 1 << 22  # CSV and JSONL are read in pieces of about this size
+_MOST_ROW_BYTES = 1 << 26  # more in a row is a quote that is never closed
 _CACHE_BYTES = 1 << 19  # fits a core's cache: scanned 3 x, CSV parsed 1.1 x as fast
 _DECODED_ROWS = 8192  # fewer at once cost more: 1024 take two and a half times as long
 _borrowed = threading.local()
@@ -1794,20 +1795,35 @@ def _find_ends(
     return ends[inside == 0], blank[inside == 0]
 
 
+def _no_row_end(begin: int) -> ValueError:
+    return ValueError(
+        f"no row ends in {_MOST_ROW_BYTES:,} bytes from byte {begin} on: close each "
+        "quote, pass another quote_char (None if quotes are text), or write one JSON "
+        "object a line"
+    )
+
+
 def _cut_lines(
     stream: Any, block_bytes: int, marks: tuple[int | None, int]
 ) -> Iterator[tuple[bytes, int]]:
-    """Cut a text stream after whole rows: (bytes, rows that are not blank)."""
-    rest = b""
+    """Cut a text stream after whole rows: (bytes, rows that are not blank).
+
+    Raises:
+        ValueError: a row is too long to be one.
+    """
+    rest, begin = b"", 0
     while data := stream.read(block_bytes):
         block = rest + data
         ends, blank = _find_ends(block, marks)
         if not len(ends):
             rest = block
+            if len(rest) > _MOST_ROW_BYTES:
+                raise _no_row_end(begin)
             continue
         stop = int(ends[-1]) + 1
         yield block[:stop], int((~blank).sum())
         rest = block[stop:]
+        begin += stop
     if rest:  # no newline at the end
         yield rest, int(rest != b"\r")
 
@@ -1906,6 +1922,10 @@ class _LineSource(_FileSource):
         if begin < size:  # no newline at the end
             rows.append(int(tail != b"\r"))
             keys.append((begin, size - begin))
+        if self.on_error == "raise":
+            for begin, nbytes in keys:
+                if nbytes > _MOST_ROW_BYTES:
+                    raise _no_row_end(begin)
         if plain:
             self.plain.add(file)
         return rows, keys
@@ -2011,8 +2031,10 @@ class _LineSource(_FileSource):
             with self.filesystem.open_input_file(file) as opened:
                 block = keys[0][1] if keys else 0
                 start = opened.read_at(min(block, 1 << 20), 0)
-                # Or a row of more than that.
-                head = self._first_rows(file, start) or opened.read_at(block, 0)
+                head = self._first_rows(file, start)
+                if not head and block > _MOST_ROW_BYTES:
+                    raise _no_row_end(0)
+                head = head or opened.read_at(block, 0)  # a row of more than that
         if not head:
             raise ValueError("it is empty")
         if b"\n" not in head and b"\r" in head.strip():
@@ -2147,6 +2169,9 @@ class _LineSource(_FileSource):
         offset, length = self.block_key[block]
         names = None if offset == 0 else self.names[file]
         rows = int(self.stored_rows[block])
+        if length > _MOST_ROW_BYTES:
+            yield rows, self._unreadable(self._describe(block), _no_row_end(offset))
+            return
         if file in self.plain:
             with self.filesystem.open_input_file(file) as opened:
                 try:

@@ -977,6 +977,41 @@ def test_a_quote_that_is_not_closed_leaves_the_rows_before_it(tmp_path, monkeypa
     assert re.search(r'byte \d+: .* got 2: 7,"5 pipe,x 450,.* \(1 row\)$', line)
 
 
+@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz", "inner.csv", "t.jsonl"])
+def test_what_is_too_long_to_be_a_row_is_not_read(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("templates.data_optimizer._LINE_BLOCK_BYTES", 3000)
+    monkeypatch.setattr("templates.data_optimizer._MOST_ROW_BYTES", 9000)
+    lines = ["n,text", *(f"{n},text {n}" for n in range(3000))]
+    lines.insert(1001, '7,"5 pipe')
+    if name == "inner.csv":  # quotes are looked at column by column
+        lines.insert(10, '7,5" wide')
+    if name == "t.jsonl":
+        lines = [json.dumps({"text": f"text {n}"}) for n in range(1000)] + ["x" * 20000]
+    path = tmp_path / name
+    data = "\n".join([*lines, ""]).encode()
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    begin = data.index(b'7,"5' if "csv" in name else b"xxx")
+    told = rf"{name}.*: no row ends in 9,000 bytes from byte {begin} on: close each"
+    with pytest.raises(DataError, match=told):
+        StreamingTextDataset(path)
+    largest, cut = [0], _LineSource._parse_rows
+
+    def watch(self, file, data, *rest):
+        largest[0] = max(largest[0], len(data))
+        return cut(self, file, data, *rest)
+
+    monkeypatch.setattr(_LineSource, "_parse_rows", watch)
+    if name in ("t.csv.gz", "inner.csv"):  # read from its begin: left out as a whole
+        (tmp_path / "good.csv").write_text("n,text\n1,good\n")
+        rest = StreamingTextDataset([path, tmp_path / "good.csv"], on_error="skip")
+        assert list(rest) == ["good"]
+    else:
+        rest = StreamingTextDataset(path, on_error="skip")
+        assert list(rest) == [f"text {n}" for n in range(1000)]
+    assert re.search(told, *rest.skipped)
+    assert largest[0] < 9000
+
+
 def test_carriage_returns_end_rows_only_before_newlines(tmp_path):
     path = tmp_path / "t.csv"
     path.write_bytes(b"id,text\r1,a\r2,b\r")

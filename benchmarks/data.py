@@ -117,9 +117,17 @@ Contender = Callable[[], Iterator[int]]
 
 
 def decode_only(files: list[str]) -> Iterator[int]:
-    """The bound: Arrow decodes everything and nothing is done with it."""
+    """The bound: Arrow decodes everything, as it does by default, to no purpose."""
     for file in files:
         for batch in pq.ParquetFile(file).iter_batches(65536):
+            yield batch.num_rows
+
+
+def decode_fastest(files: list[str]) -> Iterator[int]:
+    """The fastest of eight ways to ask Arrow for the same: less memory is touched."""
+    for file in files:
+        opened = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 16)
+        for batch in opened.iter_batches(65536, use_threads=False):
             yield batch.num_rows
 
 
@@ -446,6 +454,7 @@ def contenders(table: str, folder: Path) -> Contenders:
         files = sorted(map(str, (folder / table).glob("*.parquet")))
         both: Contenders = {
             "decode only (bound)": lambda: decode_only(files),
+            "decode only, fastest settings": lambda: decode_fastest(files),
             "decode only, batches of 1024": lambda: decode_only_1024(files),
             "ours": ours(files, 0),
             "ours, 2 workers": ours(files, 2),

@@ -1477,8 +1477,8 @@ class _WindowFeed(IterableDataset):
         # Workers decode one, and DataLoader lets them run two ahead. Windows of many
         # small blocks are larger than asked for; pages never used cost nothing.
         self.depth, buffers = (1, 4) if workers else (4, 5)
-        # Not a power of two: columns of a row lie in as many sets of the cache.
-        self.rows = -(-2 * stream.window_rows // 64) * 64 + 1032
+        # One place more for rows that are not used; numbers of any size lie aligned.
+        self.rows = -(-(2 * stream.window_rows + 1025) // 64) * 64
         nbytes = self.rows * layout.row_bytes()
         self.ring = [
             torch.empty(0, dtype=torch.uint8).set_(

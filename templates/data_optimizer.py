@@ -933,8 +933,11 @@ def _invert(numbers: Any, count: int) -> Any:
     """
     np = _import_data_package("numpy", "numpy")
     where = np.full(count, -1, dtype=np.intp)
-    kept = np.flatnonzero(numbers >= 0)
-    where[numbers[kept]] = kept
+    if numbers.min(initial=0) >= 0:
+        where[numbers] = np.arange(len(numbers))
+    else:
+        kept = np.flatnonzero(numbers >= 0)
+        where[numbers[kept]] = kept
     return where
 
 

@@ -13,10 +13,11 @@ index go through `ResumableBatchSampler` and the DataLoader factory:
 More than memory holds goes through a stream and its own loader:
 
     stream = StreamingParquetDataset("folder/*.parquet", shuffle=True, seed=0)
-    loader = StreamBatchLoader(stream, batch_size=1024, device=device)
-    for batch in loader:  # {"column": tensor, list or Arrow array}
-        ...
-    state = loader.state_dict()  # resumes on other numbers of workers and ranks too
+    loader = StreamBatchLoader(stream, 1024, device, stack={"x": ["a", "b"]})
+    for epoch in range(epochs):  # each iteration is one epoch
+        for batch in loader:  # {"x": (B, 2) tensor, "column": tensor, list or array}
+            state = loader.state_dict()  # for any number of workers and ranks
+    loader.load_state_dict(state)  # goes on after the batch last yielded
 
 Sizes in names: B batch, C channel, H height, W width.
 """
@@ -617,6 +618,8 @@ class _FileSource(_BlockSource):
             remedy = "Compare its columns with values of their types in filters"
         elif re.search("utf-?8", cause, re.IGNORECASE):
             remedy = "Pass the encoding that it has (encoding='cp1252'), repair it"
+        elif re.search(r"[Ee]xpected \d+ columns", cause):
+            remedy = "Close its quotes, repair it"
         elif re.search("conversion error|changed from", cause):
             remedy = "Give the column another type in column_types, repair the file"
         return DataError(f"{text}. {remedy}, or {_SKIP_IT}")
@@ -1800,16 +1803,19 @@ def _find_ends(
 
 def _no_row_end(begin: int) -> ValueError:
     return ValueError(
-        f"no row ends in {_MOST_ROW_BYTES:,} bytes from byte {begin} on: close each "
-        "quote, pass another quote_char (None if quotes are text), or write one JSON "
-        "object a line"
+        f"the row at byte {begin} does not end, neither in {_MOST_ROW_BYTES >> 20} MB "
+        "nor with the file: close each quote, pass another quote_char (None if quotes "
+        "are text), or write one JSON object a line"
     )
 
 
 def _cut_lines(
     stream: Any, block_bytes: int, marks: tuple[int | None, int]
-) -> Iterator[tuple[bytes, int]]:
-    """Cut a text stream after whole rows: (bytes, rows that are not blank).
+) -> Iterator[tuple[bytes, int, bool]]:
+    """Cut a text stream after whole rows.
+
+    Yields:
+        (bytes, rows that are not blank, whether the last of them ends).
 
     Raises:
         ValueError: a row is too long to be one.
@@ -1824,11 +1830,12 @@ def _cut_lines(
                 raise _no_row_end(begin)
             continue
         stop = int(ends[-1]) + 1
-        yield block[:stop], int((~blank).sum())
+        yield block[:stop], int((~blank).sum()), True
         rest = block[stop:]
         begin += stop
-    if rest:  # no newline at the end
-        yield rest, int(rest != b"\r")
+    if rest:  # no newline at the end, or it is in quotes
+        ends, _ = _find_ends(rest + b"\n", marks)
+        yield rest, int(rest != b"\r"), len(ends) > 0
 
 
 def _load_objects(lines: bytes) -> list[dict[str, Any]]:
@@ -1860,6 +1867,7 @@ class _LineSource(_FileSource):
         self.quote_char = quote_char
         self.names: dict[str, list[str]] = {}
         self.plain: set[str] = set()  # local UTF-8 CSV in which each line is a row
+        self.unended: dict[str, int] = {}  # where a file's last row begins, without end
         # All files' pieces in one pool: what it holds does not grow with the files.
         with ThreadPoolExecutor(min(4, _usable_cpu_count())) as self._scanners:
             super().__init__(*args)
@@ -1882,7 +1890,7 @@ class _LineSource(_FileSource):
         quote = ord(self.quote_char) if is_quoted else None
         return quote, ord(self._delimiter(file))
 
-    def _cut_file(self, file: str) -> Iterator[tuple[bytes, int]]:
+    def _cut_file(self, file: str) -> Iterator[tuple[bytes, int, bool]]:
         pa = _import_data_package("pyarrow", "pyarrow")
         with self.filesystem.open_input_stream(file) as opened:
             stream = opened
@@ -1925,11 +1933,12 @@ class _LineSource(_FileSource):
         if begin < size:  # no newline at the end
             rows.append(int(tail != b"\r"))
             keys.append((begin, size - begin))
-        if self.on_error == "raise":
-            for begin, nbytes in keys:
-                if nbytes > _MOST_ROW_BYTES:
-                    raise _no_row_end(begin)
-        if plain:
+        if state:
+            self.unended[file] = begin
+        for offset, nbytes in keys:
+            if nbytes > _MOST_ROW_BYTES:
+                self.unended.setdefault(file, offset)
+        if plain and not state:
             self.plain.add(file)
         return rows, keys
 
@@ -1938,9 +1947,11 @@ class _LineSource(_FileSource):
         rows: list[int] = []
         keys: list[tuple[int, int]] = []
         begin = 0
-        for data, count in self._cut_file(file):
+        for data, count, ended in self._cut_file(file):
             rows.append(count)
             keys.append((begin, len(data)))
+            if not ended:
+                self.unended[file] = begin
             begin += len(data)
         return rows, keys
 
@@ -2022,9 +2033,11 @@ class _LineSource(_FileSource):
     def _index_file(self, file: str) -> tuple[Any, list[int], list[Any], int]:
         if self._is_whole(file):
             head, count, nbytes = b"", 0, 0
-            for data, rows_here in self._cut_file(file):
+            for data, rows_here, ended in self._cut_file(file):
                 head = head or data
                 count += rows_here
+                if not ended:
+                    self.unended[file] = nbytes
                 nbytes += len(data)
             rows, keys = [count], [(0, -1)]
             head = self._first_rows(file, head) or head
@@ -2038,6 +2051,8 @@ class _LineSource(_FileSource):
                 if not head and block > _MOST_ROW_BYTES:
                     raise _no_row_end(0)
                 head = head or opened.read_at(block, 0)  # a row of more than that
+        if file in self.unended and self.on_error == "raise":
+            raise _no_row_end(self.unended[file])
         if not head:
             raise ValueError("it is empty")
         if b"\n" not in head and b"\r" in head.strip():
@@ -2163,6 +2178,9 @@ class _LineSource(_FileSource):
         row, error = errors[0]
         cause = ValueError(re.sub(r"Row #1: |,? in row 0", "", str(error)))
         where = f"{file}, the row at byte {begin + bounds[row]}"
+        lines = bytes(data[bounds[row] : bounds[row + 1]]).count(b"\n")
+        if lines > 1:
+            where += f" of {lines:,} lines (is each quote closed?)"
         return _stand_for_lost(pieces, self._unreadable(where, cause))
 
     def _read_tables(self, block: int) -> Iterator[tuple[int, Any]]:
@@ -2173,7 +2191,7 @@ class _LineSource(_FileSource):
         names = None if offset == 0 else self.names[file]
         rows = int(self.stored_rows[block])
         if length > _MOST_ROW_BYTES:
-            yield rows, self._unreadable(self._describe(block), _no_row_end(offset))
+            yield self._miss_end(file, offset, rows)
             return
         if file in self.plain:
             with self.filesystem.open_input_file(file) as opened:
@@ -2187,16 +2205,29 @@ class _LineSource(_FileSource):
                 return
             self.plain.discard(file)
         header = int(offset == 0 and not self._is_json(file))
-        blocks: Iterable[tuple[bytes | memoryview, int]]
+        blocks: Iterable[tuple[bytes | memoryview, int, bool]]
         if length < 0:
             blocks = self._cut_file(file)
         else:
             with self.filesystem.open_input_file(file) as opened:
-                blocks = [(_read_piece(opened, offset, length), rows + header)]
-        for data, rows in blocks:
-            yield from self._parse_rows(file, data, names, rows - header, offset)
+                ended = self.unended.get(file) != offset
+                blocks = [(_read_piece(opened, offset, length), rows + header, ended)]
+        for data, rows, ended in blocks:
+            if ended:
+                yield from self._parse_rows(file, data, names, rows - header, offset)
+            else:
+                lines = bytes(data).count(b"\n")
+                yield self._miss_end(file, offset, rows - header, lines)
             names, header = self.names[file], 0
             offset += len(data)
+
+    def _miss_end(
+        self, file: str, begin: int, rows: int, lines: int = 0
+    ) -> tuple[int, DataError]:
+        """Return (rows, what stands for them) where the last row of a file begins."""
+        what = f"{file}, its last {lines:,} lines" if lines > 1 else file
+        error = self._unreadable(what, _no_row_end(begin))
+        return rows, DataError(f"{error} ({_count_rows(rows)})")
 
     def _read_raw(self, block: int, batch_rows: int) -> Iterator[tuple[int, Any]]:
         for rows, table in self._read_tables(block):

@@ -974,7 +974,7 @@ def test_a_quote_that_is_not_closed_leaves_the_rows_before_it(tmp_path, monkeypa
     assert data.rows == 451  # the rest of the file is one row
     assert list(data) == [f"text {n}" for n in range(450)]
     (line,) = data.skipped
-    assert re.search(r'byte \d+: .* got 2: 7,"5 pipe,x 450,.* \(1 row\)$', line)
+    assert re.search(r"last 451 lines: the row at byte \d+ does .* \(1 row\)$", line)
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.csv.gz", "inner.csv", "t.jsonl"])
@@ -991,7 +991,7 @@ def test_what_is_too_long_to_be_a_row_is_not_read(tmp_path, monkeypatch, name):
     data = "\n".join([*lines, ""]).encode()
     path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     begin = data.index(b'7,"5' if "csv" in name else b"xxx")
-    told = rf"{name}.*: no row ends in 9,000 bytes from byte {begin} on: close each"
+    told = rf"{name}.*: the row at byte {begin} does not end, neither in .*close each"
     with pytest.raises(DataError, match=told):
         StreamingTextDataset(path)
     largest, cut = [0], _LineSource._parse_rows
@@ -1010,6 +1010,28 @@ def test_what_is_too_long_to_be_a_row_is_not_read(tmp_path, monkeypatch, name):
         assert list(rest) == [f"text {n}" for n in range(1000)]
     assert re.search(told, *rest.skipped)
     assert largest[0] < 9000
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz", "inner.csv"])
+@pytest.mark.parametrize("after", [0, 1, 500])  # lines in the row that does not end
+def test_a_quote_that_is_open_where_the_file_ends_is_told(tmp_path, name, after):
+    lines = ["n,text", *(f"{n},text {n}" for n in range(1000))]
+    if name == "inner.csv":
+        lines.insert(10, '7,5" wide')
+    good = len(lines) - 1
+    lines += ['7,"5 pipe', *(f"{n},more" for n in range(after))]
+    path, data = tmp_path / name, "\n".join(lines).encode()
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    begin = data.index(b'7,"5 pipe')
+    told = rf"{name}.*: the row at byte {begin} does not end"
+    with pytest.raises(DataError, match=told):
+        StreamingTextDataset(path)
+    rest = StreamingTextDataset(path, on_error="skip")
+    assert len(list(rest)) == good
+    (line,) = rest.skipped
+    assert re.search(told, line)
+    assert line.endswith("(1 row)")
+    assert (f"its last {after:,} lines" in line) == (after > 1)
 
 
 def test_carriage_returns_end_rows_only_before_newlines(tmp_path):

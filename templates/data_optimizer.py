@@ -1890,13 +1890,20 @@ class _LineSource(_FileSource):
         quote = ord(self.quote_char) if is_quoted else None
         return quote, ord(self._delimiter(file))
 
-    def _cut_file(self, file: str) -> Iterator[tuple[bytes, int, bool]]:
+    def _cut_file(self, file: str) -> Iterator[tuple[bytes, int]]:
+        """Yield (bytes, rows) of whole rows; a last one without end is noted."""
         pa = _import_data_package("pyarrow", "pyarrow")
+        begin = 0
         with self.filesystem.open_input_stream(file) as opened:
             stream = opened
             if self._is_whole(file) and not self.is_utf8:
                 stream = pa.transcoding_input_stream(opened, self.encoding, "utf-8")
-            yield from _cut_lines(stream, _LINE_BLOCK_BYTES, self._marks(file))
+            blocks = _cut_lines(stream, _LINE_BLOCK_BYTES, self._marks(file))
+            for data, rows, ended in blocks:
+                if not ended:
+                    self.unended[file] = begin
+                begin += len(data)
+                yield data, rows
 
     def _scan_file(self, file: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Cut a file into blocks of whole rows: rows, and (offset, bytes), of each."""
@@ -1947,11 +1954,9 @@ class _LineSource(_FileSource):
         rows: list[int] = []
         keys: list[tuple[int, int]] = []
         begin = 0
-        for data, count, ended in self._cut_file(file):
+        for data, count in self._cut_file(file):
             rows.append(count)
             keys.append((begin, len(data)))
-            if not ended:
-                self.unended[file] = begin
             begin += len(data)
         return rows, keys
 
@@ -2033,11 +2038,9 @@ class _LineSource(_FileSource):
     def _index_file(self, file: str) -> tuple[Any, list[int], list[Any], int]:
         if self._is_whole(file):
             head, count, nbytes = b"", 0, 0
-            for data, rows_here, ended in self._cut_file(file):
+            for data, rows_here in self._cut_file(file):
                 head = head or data
                 count += rows_here
-                if not ended:
-                    self.unended[file] = nbytes
                 nbytes += len(data)
             rows, keys = [count], [(0, -1)]
             head = self._first_rows(file, head) or head
@@ -2191,7 +2194,7 @@ class _LineSource(_FileSource):
         names = None if offset == 0 else self.names[file]
         rows = int(self.stored_rows[block])
         if length > _MOST_ROW_BYTES:
-            yield self._miss_end(file, offset, rows)
+            yield from self._miss_end(file, offset, rows)
             return
         if file in self.plain:
             with self.filesystem.open_input_file(file) as opened:
@@ -2205,29 +2208,28 @@ class _LineSource(_FileSource):
                 return
             self.plain.discard(file)
         header = int(offset == 0 and not self._is_json(file))
-        blocks: Iterable[tuple[bytes | memoryview, int, bool]]
+        blocks: Iterable[tuple[bytes | memoryview, int]]
         if length < 0:
             blocks = self._cut_file(file)
         else:
             with self.filesystem.open_input_file(file) as opened:
-                ended = self.unended.get(file) != offset
-                blocks = [(_read_piece(opened, offset, length), rows + header, ended)]
-        for data, rows, ended in blocks:
-            if ended:
-                yield from self._parse_rows(file, data, names, rows - header, offset)
-            else:
+                blocks = [(_read_piece(opened, offset, length), rows + header)]
+        for data, rows in blocks:
+            if self.unended.get(file) == offset:
                 lines = bytes(data).count(b"\n")
-                yield self._miss_end(file, offset, rows - header, lines)
+                yield from self._miss_end(file, offset, rows - header, lines)
+            else:
+                yield from self._parse_rows(file, data, names, rows - header, offset)
             names, header = self.names[file], 0
             offset += len(data)
 
     def _miss_end(
         self, file: str, begin: int, rows: int, lines: int = 0
-    ) -> tuple[int, DataError]:
-        """Return (rows, what stands for them) where the last row of a file begins."""
+    ) -> list[tuple[int, Any]]:
+        """Return what stands for rows of which the last does not end."""
         what = f"{file}, its last {lines:,} lines" if lines > 1 else file
         error = self._unreadable(what, _no_row_end(begin))
-        return rows, DataError(f"{error} ({_count_rows(rows)})")
+        return _stand_for_lost([(rows, None)], error)
 
     def _read_raw(self, block: int, batch_rows: int) -> Iterator[tuple[int, Any]]:
         for rows, table in self._read_tables(block):
